@@ -1,0 +1,121 @@
+"""Non-reentrant activation checkpointing (torch/utils/checkpoint.py) on the tape.
+
+In the forward pass of a checkpointed region nothing is kept but the region's input; each saved tensor
+becomes a promise. The first promise that backward asks for recomputes the region, stopping as soon as the
+last promised tensor exists (`early_stop`); a recomputed tensor is dropped once its node has used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from galore_mem.memory.tape import Tape, Tensor
+
+
+class _StopRecomputationError(Exception):
+    """The last tensor that backward needs has been recomputed."""
+
+
+class Frame:
+    """One checkpointed region: how to run it again, and what it promised."""
+
+    def __init__(self, tape: Tape, run: Callable[[], object], kept: Sequence[Tensor]) -> None:
+        self.tape = tape
+        self.run = run
+        self.kept = [t.detach() for t in kept]
+        for t in self.kept:
+            t.storage.save()
+        self.autocast = tape.autocast
+        self.promised = 0
+        self.recomputed: list[Tensor | None] | None = None
+
+    def __del__(self) -> None:
+        for t in self.kept:
+            t.storage.unsave()
+
+    def pack(self, tensors: Sequence[Tensor]) -> Promise:
+        first = self.promised
+        self.promised += len(tensors)
+        return Promise(self, first, len(tensors))
+
+    def get(self, first: int, count: int) -> list[Tensor]:
+        if self.recomputed is None:
+            self.recomputed = self._recompute()
+        found = self.recomputed[first : first + count]
+        return [t for t in found if t is not None]
+
+    def drop(self, first: int, count: int) -> None:
+        if self.recomputed is not None:
+            for i in range(first, first + count):
+                tensor = self.recomputed[i]
+                if tensor is not None:
+                    tensor.storage.unsave()
+                    self.recomputed[i] = None
+
+    def _recompute(self) -> list[Tensor | None]:
+        tape = self.tape
+        recorder = Recorder(self.promised)
+        grad_enabled, tape.grad_enabled = tape.grad_enabled, True
+        outer, tape.frame = tape.frame, recorder
+        try:
+            with tape.autocast_region(self.autocast):
+                self.run()
+        except _StopRecomputationError:
+            pass
+        finally:
+            tape.frame, tape.grad_enabled = outer, grad_enabled
+        return recorder.tensors
+
+
+class Promise:
+    """Saved tensors of one operation inside a checkpointed region."""
+
+    __slots__ = ("count", "first", "frame")
+
+    def __init__(self, frame: Frame, first: int, count: int) -> None:
+        self.frame, self.first, self.count = frame, first, count
+
+    def unpack(self) -> list[Tensor]:
+        return self.frame.get(self.first, self.count)
+
+    def release(self) -> None:
+        self.frame.drop(self.first, self.count)
+
+
+class Recorder:
+    """Collects what a recomputation saves, and stops it after the last one."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.tensors: list[Tensor | None] = []
+
+    def pack(self, tensors: Sequence[Tensor]) -> Kept:
+        for t in tensors:
+            t.storage.save()
+            self.tensors.append(t.detach())
+            if len(self.tensors) == self.wanted:
+                raise _StopRecomputationError
+        return Kept()
+
+
+class Kept:
+    """The recomputed graph itself is never run backward; the recorder holds its tensors."""
+
+    def unpack(self) -> list[Tensor]:
+        return []
+
+    def release(self) -> None:
+        return None
+
+
+def checkpoint(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`, keeping only x for backward; plain when nothing is being recorded."""
+    tape = x.tape
+    if not tape.grad_enabled:
+        return function(x)
+    frame = Frame(tape, lambda: function(x), [x])
+    outer, tape.frame = tape.frame, frame
+    try:
+        return function(x)
+    finally:
+        tape.frame = outer

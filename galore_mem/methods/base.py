@@ -1,0 +1,269 @@
+"""What a method and an implementation are.
+
+A *method* is what a paper describes; an *implementation* is code that a user runs. Both are data
+here: pure functions from one parameter's shape to the tensors that are kept for it, and a step
+program, the optimizer's `step()` written over sizes, from which the step's temporaries follow.
+Adding a method is one file with a `METHOD` and one line in `registry.py`.
+
+Legend used in every file: a matrix is m x n with m <= n (`Trained.m`, `Trained.n`), r is the rank,
+clipped to m. Sizes are bytes unless they are called elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from galore_mem.dtypes import DType
+from galore_mem.errors import unknown
+from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, WEIGHTS, Shape, Tape, Tensor
+from galore_mem.setup import Recipe
+from galore_mem.spec.model import Heads, ParamSpec, Role
+
+PAPER = "paper"
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """Where a method is described."""
+
+    title: str
+    authors: str
+    where: str  # arXiv id or venue
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameter:
+    """A number or a choice that changes memory: its name in `optimizer.param_groups`, default and meaning."""
+
+    name: str
+    default: int | float | str
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One tensor an optimizer keeps for a parameter, under the name it has in `optimizer.state[p]`.
+
+    `storage_bytes` is set where the tensor is a view of a larger storage that it keeps alive; `host`
+    where it lives in host memory although the parameter is on an accelerator.
+    """
+
+    name: str
+    shape: Shape
+    dtype: DType
+    storage_bytes: int | None = None
+    host: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage this tensor keeps alive."""
+        return self.dtype.nbytes(self.shape) if self.storage_bytes is None else self.storage_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of the model as it is stored while training.
+
+    `grad` is the format of its gradient, None where it is frozen. `suffix` is added to the parameter's
+    name ("" for the weight itself).
+    """
+
+    suffix: str
+    shape: Shape
+    dtype: DType
+    grad: DType | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A parameter as its optimizer sees it. `dtype` is the format of the parameter and of its gradient
+    as the optimizer reads them; `projected` says whether the method's low-rank treatment applies."""
+
+    name: str
+    shape: Shape
+    dtype: DType
+    projected: bool
+    role: Role
+    module: str
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.shape)
+
+    @property
+    def m(self) -> int:
+        """The smaller side of a matrix."""
+        return min(self.shape)
+
+    @property
+    def n(self) -> int:
+        """The larger side of a matrix."""
+        return max(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What, besides a parameter, a ledger may depend on."""
+
+    hyperparameters: Mapping[str, int | float | str]
+    recipe: Recipe
+    device: str = "cuda"
+    heads: Heads | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.hyperparameters["rank"])
+
+    def text(self, name: str) -> str:
+        return str(self.hyperparameters[name])
+
+    def number(self, name: str) -> int:
+        return int(self.hyperparameters[name])
+
+    def r(self, p: Trained) -> int:
+        """The rank used for a matrix: never above its smaller side."""
+        return min(self.rank, p.m)
+
+    @property
+    def on_host(self) -> bool:
+        """Do torch's step counters live in host memory? (On the CPU they are counted like everything else.)"""
+        return self.device != "cpu"
+
+
+class Slot:
+    """One parameter in a step program: its tensors now. Programs may replace or drop them, as the code does."""
+
+    __slots__ = ("grad", "layer", "param", "state", "tape", "weight")
+
+    def __init__(self, tape: Tape, param: Trained, layer: int | str, weight: Tensor, grad: Tensor | None) -> None:
+        self.tape = tape
+        self.param = param
+        self.layer = layer
+        self.weight = weight
+        self.grad = grad
+        self.state: dict[str, Tensor] = {}
+
+    def new(self, shape: Shape, dtype: DType, *alive: object) -> Tensor:
+        """A temporary tensor. `alive` are its operands: naming them here keeps them until it exists."""
+        return self.tape.empty(shape, dtype)
+
+    def like(self, *alive: object) -> Tensor:
+        """A temporary of the parameter's own shape and format."""
+        return self.tape.empty(self.param.shape, self.param.dtype)
+
+    def keep(self, buffer: Buffer) -> Tensor:
+        """Puts a state tensor into `state` under the buffer's name, replacing the one that is there."""
+        storage = self.tape.bytes(buffer.nbytes, OPTIMIZER_STATE)
+        tensor = Tensor(storage, buffer.shape, buffer.dtype)
+        self.state[buffer.name] = tensor
+        return tensor
+
+
+class Slots(Sequence[Slot]):
+    """The parameters of a step program, in the optimizer's order. Iterating marks where the program is."""
+
+    def __init__(self, tape: Tape, slots: Sequence[Slot], phase: str) -> None:
+        self.tape = tape
+        self._slots = slots
+        self._phase = phase
+        self._stage = 0
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads, for one use
+        return self._slots[index]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[Slot]:
+        self._stage += 1
+        stage = self._stage
+        for slot in self._slots:
+            self.tape.mark(self._phase, stage, slot.layer)
+            yield slot
+        self.tape.mark(self._phase, stage, "after")
+
+
+StateRule = Callable[[Trained, Job], tuple[Buffer, ...]]
+SharedRule = Callable[[Job], tuple[Buffer, ...]]
+StoreRule = Callable[[ParamSpec, bool, Job], tuple[Stored, ...]]
+# step(slots, job, refresh): `refresh` is a step that also renews projectors (or merges adapters)
+StepProgram = Callable[[Slots, Job, bool], None]
+
+
+def dense(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:
+    """Every parameter stored as it is, in the recipe's format, and trained."""
+    return (Stored("", row.shape, job.recipe.weights, job.recipe.weights),)
+
+
+def nothing_shared(job: Job) -> tuple[Buffer, ...]:
+    """No tensors besides those of each parameter."""
+    return ()
+
+
+def no_temporaries(slots: Slots, job: Job, refresh: bool) -> None:
+    """A step that allocates nothing (fused kernels; and papers, which do not count temporaries)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """Code that a user runs, as ledger and step program.
+
+    `version` and `source` name the release and files whose allocations are described. `state` gives the
+    persistent tensors of a trained parameter, `shared` those of the optimizer as a whole, `store` how the
+    model's weights are kept. `linear` names how the forward pass of a projected layer runs
+    (`galore_mem.memory.linears`). `refreshes` says that some steps renew a projector.
+    """
+
+    name: str
+    version: str
+    source: str
+    state: StateRule
+    step: StepProgram = no_temporaries
+    shared: SharedRule = nothing_shared
+    store: StoreRule = dense
+    linear: str = "dense"
+    refreshes: bool = False
+    layerwise: bool = True
+    equations: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    not_counted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a paper describes. `paper` is its own counting; `implementations[0]` is the default."""
+
+    name: str
+    title: str
+    citation: Citation
+    paper: Implementation
+    implementations: tuple[Implementation, ...]
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+    projects: bool = False
+    variants: tuple[str, ...] = ()
+
+    def implementation(self, name: str | None) -> Implementation:
+        """The implementation of this name (None: the default). Raises `InputError`."""
+        if name is None:
+            return self.implementations[0]
+        for candidate in self.implementations:
+            if candidate.name == name:
+                return candidate
+        raise unknown(f"implementation of {self.name}", name, [i.name for i in self.implementations])
+
+
+RANK = Hyperparameter("rank", 128, "rank r of the low-rank space")
+UPDATE_PROJ_GAP = Hyperparameter("update_proj_gap", 200, "steps between two refreshes of the projector")
+
+
+__all__ = [
+    "GRADIENTS", "OPTIMIZER_STATE", "PAPER", "RANK", "UPDATE_PROJ_GAP", "WEIGHTS",
+    "Buffer", "Citation", "Hyperparameter", "Implementation", "Job", "Method", "Slot", "Slots", "Stored", "Trained",
+    "dense", "no_temporaries", "nothing_shared",
+]  # fmt: skip

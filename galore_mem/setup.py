@@ -1,0 +1,107 @@
+"""How the training is run: everything besides the model and the method that decides memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from galore_mem.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from galore_mem.errors import InputError, unknown
+
+ATTENTION = ("sdpa", "eager", "flash")
+LOSSES = ("eager", "fused", "chunked")
+DEVICES = ("cuda", "cpu")
+# Versions of transformers whose modelling code the families follow; the newest is the default.
+TRANSFORMERS = ("4.57", "5.23")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which format the weights, the master copy and the autocast region use.
+
+    Gradients have the weights' format. With a `master` copy the optimizer holds, and works on, a
+    second set of weights in that format, and its states follow it.
+    """
+
+    name: str
+    weights: DType
+    autocast: DType | None = None
+    master: DType | None = None
+
+    @property
+    def trained(self) -> DType:
+        """The format of the tensors the optimizer updates, hence of its states."""
+        return self.master or self.weights
+
+
+RECIPES = {
+    r.name: r
+    for r in (
+        Recipe("pure-bf16", BFLOAT16),
+        Recipe("pure-fp16", FLOAT16),
+        Recipe("fp32", FLOAT32),
+        Recipe("amp-bf16", FLOAT32, autocast=BFLOAT16),
+        Recipe("amp-fp16", FLOAT32, autocast=FLOAT16),
+        Recipe("bf16-fp32-master", BFLOAT16, master=FLOAT32),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name. Raises `InputError` with the known ones."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The training loop and its inputs.
+
+    The loop's defaults are those of the transformers Trainer: gradients are set to None after each step
+    (`keep_gradients=False`), the model's output is dropped before backward (`keep_logits=False`), no
+    key/value cache, non-reentrant checkpointing.
+
+    `device` decides what differs between allocators and kernels: on `cuda` sizes are rounded to blocks of
+    512 bytes, cuBLAS workspaces are resident and torch's step counters stay on the host; on `cpu`
+    sizes are exact and the counters are counted.
+    """
+
+    recipe: Recipe = field(default=RECIPES["pure-bf16"])
+    batch_size: int = 1
+    seq_len: int = 2048
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    loss: str = "eager"
+    layerwise: bool = False
+    keep_gradients: bool = False
+    keep_logits: bool = False
+    gradient_accumulation: int = 1
+    transformers: str = TRANSFORMERS[-1]
+    device: str = "cuda"
+    compute_capability: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, limit in (
+            ("batch-size", self.batch_size, 2**20),
+            ("seq-len", self.seq_len, 2**24),
+            ("gradient-accumulation", self.gradient_accumulation, 2**20),
+        ):
+            if not 1 <= value <= limit:
+                raise InputError(f"{name} must be between 1 and {limit}, got {value}")
+        for name, given, allowed in (
+            ("attention", self.attention, ATTENTION),
+            ("loss", self.loss, LOSSES),
+            ("device", self.device, DEVICES),
+            ("transformers version", self.transformers, TRANSFORMERS),
+        ):
+            if given not in allowed:
+                raise unknown(name, given, allowed)
+        if self.layerwise and self.keep_gradients:
+            raise InputError("--layerwise frees each gradient in the backward hook; it excludes --keep-gradients")
+        if self.layerwise and self.gradient_accumulation > 1:
+            raise InputError("--layerwise steps in every backward pass; it excludes --gradient-accumulation above 1")
+
+    @property
+    def granularity(self) -> int:
+        """Bytes an allocation is rounded up to: 512 on CUDA (AllocatorConfig.h, kMinBlockSize), exact on the CPU."""
+        return 512 if self.device == "cuda" else 1
