@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from galore_mem.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT64
+from galore_mem.dtypes import BFLOAT16, BOOL, FLOAT16, FLOAT32, INT64
 from galore_mem.memory.ops import autocast
 from galore_mem.memory.tape import Grads, Shape, Storage, Tensor
 from galore_mem.units import round_up
@@ -25,16 +25,25 @@ def sdpa_kernel(q: Tensor, mask: Tensor | None, capability: tuple[int, int] | No
     return "flash" if flash and (capability is None or capability >= (8, 0)) else "efficient"
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str | None, dropout: float = 0.0) -> Tensor:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    kernel: str | None,
+    dropout: float = 0.0,
+    causal: bool = True,
+) -> Tensor:
     """Attention without materialised scores. Saves query, key, value, the output and a log-sum-exp per row.
 
     The output's memory order is (batch, length, heads, head_dim), as each kernel writes it. Fewer key and
     value heads than query heads are read in place (`enable_gqa`).
     """
     q, k, v = autocast(q), autocast(k), autocast(v)
-    if mask is not None:
-        mask = autocast(mask)
     tape = q.tape
+    if mask is not None:
+        # a boolean mask becomes an additive one, anew in each call (attention.cpp, convert_boolean_attn_mask)
+        mask = tape.empty(mask.shape, q.dtype) if mask.dtype is BOOL else autocast(mask)
     kernel = kernel or sdpa_kernel(q, mask, None)
     shapes, dtype = (q.shape, k.shape, v.shape), q.dtype
 
@@ -60,7 +69,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str | Non
 
 
 def _heads_last(shape: Shape) -> Shape:
-    b, h, s, d = shape
+    _, h, s, d = shape
     return (s * h * d, d, h * d, 1)
 
 

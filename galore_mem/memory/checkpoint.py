@@ -2,14 +2,18 @@
 
 In the forward pass of a checkpointed region nothing is kept but the region's input; each saved tensor
 becomes a promise. The first promise that backward asks for recomputes the region, stopping as soon as the
-last promised tensor exists (`early_stop`); a recomputed tensor is dropped once its node has used it.
+last promised tensor exists (`early_stop`); a recomputed tensor belongs to the node that asked for it, and is
+dropped when that node's backward function returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from galore_mem.memory.tape import Tape, Tensor
+from galore_mem.memory.tape import ACTIVATIONS, Tape, Tensor
+
+
+CPU_RNG_STATE = 5056  # bytes of torch.get_rng_state()
 
 
 class _StopRecomputationError(Exception):
@@ -26,6 +30,8 @@ class Frame:
         for t in self.kept:
             t.storage.save()
         self.autocast = tape.autocast
+        # the state of the CPU's generator, kept to repeat dropout; on an accelerator it is in host memory
+        self.rng_state = tape.bytes(CPU_RNG_STATE, ACTIVATIONS) if tape.device == "cpu" else None
         self.promised = 0
         self.recomputed: list[Tensor | None] | None = None
 
@@ -38,19 +44,15 @@ class Frame:
         self.promised += len(tensors)
         return Promise(self, first, len(tensors))
 
-    def get(self, first: int, count: int) -> list[Tensor]:
+    def take(self, first: int, count: int) -> list[Tensor]:
+        """Hands over recomputed tensors (unpack_hook: the frame's own reference goes)."""
         if self.recomputed is None:
             self.recomputed = self._recompute()
-        found = self.recomputed[first : first + count]
-        return [t for t in found if t is not None]
-
-    def drop(self, first: int, count: int) -> None:
-        if self.recomputed is not None:
-            for i in range(first, first + count):
-                tensor = self.recomputed[i]
-                if tensor is not None:
-                    tensor.storage.unsave()
-                    self.recomputed[i] = None
+        found = [t for t in self.recomputed[first : first + count] if t is not None]
+        self.recomputed[first : first + count] = [None] * count
+        for t in found:
+            t.storage.forget()
+        return found
 
     def _recompute(self) -> list[Tensor | None]:
         tape = self.tape
@@ -76,10 +78,10 @@ class Promise:
         self.frame, self.first, self.count = frame, first, count
 
     def unpack(self) -> list[Tensor]:
-        return self.frame.get(self.first, self.count)
+        return self.frame.take(self.first, self.count)
 
     def release(self) -> None:
-        self.frame.drop(self.first, self.count)
+        """Nothing: what was promised was handed over."""
 
 
 class Recorder:
