@@ -1,0 +1,284 @@
+"""`estimate`: a budget per method, phase by phase, in closed form: no torch, no GPU, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from galore_mem._version import __version__
+from galore_mem.errors import InputError
+from galore_mem.families import family
+from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
+from galore_mem.gpus import gpu as find_gpu
+from galore_mem.ledger import Entry, ledger
+from galore_mem.memory.phases import Phases, Work, stepping, training
+from galore_mem.methods.base import Implementation, Job, Method
+from galore_mem.methods.registry import METHODS, method
+from galore_mem.result import Estimate, EstimateResult, Fit, Phase
+from galore_mem.setup import Setup
+from galore_mem.spec.model import ModelSpec, check_targets, is_target
+from galore_mem.spec.resolve import resolve
+from galore_mem.units import round_up
+
+MARGIN = 20  # tight when the headroom is below a 20th (5 %) of what is needed: fragmentation, workspaces
+
+GENERAL_NOT_COUNTED = (
+    "fragmentation and the allocator's cache (reserved memory)",
+    "NCCL and other libraries' buffers; the data loader; evaluation",
+)
+
+
+def estimate(
+    model: str | ModelSpec,
+    methods: Iterable[str] | None = None,
+    *,
+    setup: Setup | None = None,
+    implementation: str | None = None,
+    convention: str = "implementation",
+    targets: Iterable[str] | None = None,
+    gpu: str | None = None,
+    **hyperparameters: int | float | str | None,
+) -> EstimateResult:
+    """How much memory training `model` takes with each method.
+
+    `model` is what `--model` takes (a bundled name, a config.json, a folder, a safetensors file, a cached hub id)
+    or a `ModelSpec`; `methods` are names of the registry (None: all); `implementation` is a name, `all`, or None
+    for each method's default; `targets` names the linears that low-rank methods apply to; `hyperparameters` are
+    `rank`, `update_proj_gap` and what else a method declares. Raises `InputError` for anything unknown or impossible.
+    """
+    spec = resolve(model) if isinstance(model, str) else model
+    setup = setup or Setup(seq_len=default_seq_len(spec))
+    card = find_gpu(gpu) if gpu is not None else None
+    if card is not None and card.capability is not None:
+        setup = replace(setup, compute_capability=card.capability)
+    chosen = tuple(targets) if targets is not None else None
+    check(spec, setup, convention, chosen, hyperparameters)
+    cases = list(select(methods, implementation, convention, setup))
+    cache: dict[object, Phases] = {}
+    budgets = tuple(
+        budget(spec, found, code, setup, chosen, card, given_for(found, hyperparameters), convention, cache)
+        for found, code in cases
+    )
+    return EstimateResult(__version__, model_json(spec, chosen), setup_json(setup, chosen, card), budgets)
+
+
+def check(
+    spec: ModelSpec,
+    setup: Setup,
+    convention: str,
+    targets: tuple[str, ...] | None,
+    hyperparameters: Mapping[str, int | float | str | None],
+) -> None:
+    """Raises `InputError` for what no method can be asked about this model."""
+    if convention not in ("implementation", "paper"):
+        raise InputError(f"unknown convention {convention!r}; known: implementation, paper")
+    check_targets(spec, targets)
+    known = {h.name for m in METHODS.values() for h in m.hyperparameters}
+    for name, value in hyperparameters.items():
+        if value is None:
+            continue
+        if name not in known:
+            raise InputError(f"unknown hyperparameter {name!r}; known: {', '.join(sorted(known))}")
+        if name in ("rank", "update_proj_gap") and int(value) < 1:
+            raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+    limit = max_positions(spec)
+    if limit is not None and spec.family in LEARNED_POSITIONS and setup.seq_len > limit:
+        raise InputError(
+            f"seq-len {setup.seq_len} is beyond the {limit} positions {spec.name} has learned; give --seq-len {limit}"
+        )
+
+
+LEARNED_POSITIONS = ("gpt2", "bert", "roberta")
+
+
+def max_positions(spec: ModelSpec) -> int | None:
+    """The longest sequence the model's position table allows, where its config says so."""
+    for key in ("max_position_embeddings", "n_positions"):
+        if key in spec.config:
+            # RoBERTa's table has two rows more than positions (padding_idx + 1)
+            return int(spec.config[key]) - (2 if spec.family == "roberta" else 0)
+    return None
+
+
+def default_seq_len(spec: ModelSpec) -> int:
+    """2048 tokens, or the model's maximum where that is lower."""
+    return min(2048, max_positions(spec) or 2048)
+
+
+def select(
+    methods: Iterable[str] | None, implementation: str | None, convention: str, setup: Setup
+) -> Iterable[tuple[Method, Implementation]]:
+    """The methods and implementations that were asked for, in the registry's order when none is named."""
+    asked = None if methods is None else list(methods)
+    found = list(METHODS.values()) if not asked else [method(name) for name in asked]
+    matched = False
+    for one in found:
+        if convention == "paper":
+            codes: tuple[Implementation, ...] = (one.paper,)
+        elif implementation == "all":
+            codes = one.implementations
+        elif not asked and implementation is not None:
+            codes = tuple(c for c in one.implementations if c.name == implementation)
+        else:
+            codes = (one.implementation(implementation),)
+        for code in codes:
+            if setup.layerwise and not code.layerwise and asked:
+                raise InputError(f"{one.name} ({code.name}) has no layer-wise update; leave out --layerwise")
+            matched = True
+            yield one, code
+    if not matched:
+        names = sorted({c.name for m in METHODS.values() for c in m.implementations})
+        raise InputError(f"no method has an implementation {implementation!r}; known: {', '.join(names)}")
+
+
+def given_for(found: Method, given: Mapping[str, int | float | str | None]) -> dict[str, int | float | str]:
+    """The method's hyperparameters: what was given, the defaults otherwise."""
+    values: dict[str, int | float | str] = {}
+    for h in found.hyperparameters:
+        value = given.get(h.name)
+        values[h.name] = h.default if value is None else value
+    return values
+
+
+def budget(
+    spec: ModelSpec,
+    found: Method,
+    code: Implementation,
+    setup: Setup,
+    targets: tuple[str, ...] | None,
+    card: Gpu | None,
+    hyperparameters: Mapping[str, int | float | str],
+    convention: str = "implementation",
+    cache: dict[object, Phases] | None = None,
+) -> Estimate:
+    """The estimate of one method under one implementation. `cache` shares forward and backward passes between them."""
+    if found.always_layerwise:
+        setup = replace(setup, layerwise=True, keep_gradients=False, gradient_accumulation=1)
+    elif not code.layerwise:
+        setup = replace(setup, layerwise=False)
+    job = Job(hyperparameters, setup.recipe, setup.device, spec.heads)
+    forward = family(spec.family).forward if spec.family is not None else None
+    work = Work(spec, setup, code, job, targets, forward)
+    entries = tuple(ledger(spec, code, job, targets))
+    phases = _phases(work, entries, cache if cache is not None else {})
+    sums = {
+        kind: sum(e.total for e in entries if e.kind == kind) for kind in ("weights", "gradients", "optimizer_state")
+    }
+    if setup.layerwise:
+        sums["gradients"] = max((e.nbytes for e in entries if e.kind == "gradients"), default=0)
+    outside = (card or DEFAULT_CONTEXT).context if setup.device == "cuda" else 0
+    made = Estimate(
+        method=found.name,
+        title=found.title,
+        implementation=code.name,
+        convention=convention,
+        hyperparameters=hyperparameters,
+        layerwise=setup.layerwise,
+        weights_bytes=sums["weights"],
+        gradients_bytes=sums["gradients"],
+        optimizer_state_bytes=sums["optimizer_state"],
+        phases=phases,
+        outside_allocator_bytes=outside,
+        fits=None,
+        assumptions=tuple(_assumptions(work, card)),
+        not_counted=tuple(_not_counted(work)),
+        equations=code.equations,
+        entries=entries,
+    )
+    return made if card is None else replace(made, fits=fit(made.device_bytes, card))
+
+
+def fit(needed: int, card: Gpu) -> Fit:
+    """The verdict for a card: whether what is needed is there, and with how much to spare."""
+    headroom = card.capacity - needed
+    verdict = "does_not_fit" if headroom < 0 else "tight" if headroom * MARGIN < needed else "fits"
+    return Fit(card.name, card.capacity, headroom, verdict)
+
+
+def _phases(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]) -> tuple[Phase, ...]:
+    """Each phase's highest moment: passes of the model, plus the state that lies there meanwhile, plus the step."""
+    code, grain = work.code, work.setup.granularity
+    if work.setup.layerwise:
+        # the hooks hold each parameter's state; only what the optimizer shares is added here
+        state = sum(round_up(b.nbytes, grain) for b in code.shared(work.job))
+        peaks = dict(training(work).peaks)
+        if code.refreshes:
+            peaks["refresh"] = training(work, refresh=True).peaks["refresh"]
+    else:
+        state = sum(round_up(e.nbytes, grain) * e.repeat for e in entries if e.kind == "optimizer_state" and not e.host)
+        key = (code.store, code.linear, tuple(work.job.hyperparameters.items()) if code.linear != "dense" else ())
+        passed = cache[key] if key in cache else cache.setdefault(key, training(work))
+        peaks = dict(passed.peaks)
+    made = {name: peak if name == "load" else peak.plus((0, 0, state, 0, 0)) for name, peak in peaks.items()}
+    if not work.setup.layerwise:
+        made["step"] = stepping(work, refresh=False).plus(passed.retained)
+        if code.refreshes:
+            made["refresh"] = stepping(work, refresh=True).plus(passed.retained)
+    return tuple(Phase(name, peak.live, peak.per_layer) for name, peak in made.items())
+
+
+def _assumptions(work: Work, card: Gpu | None) -> Iterable[str]:
+    setup, job = work.setup, work.job
+    r = setup.recipe
+    yield (
+        f"recipe {r.name}: weights and gradients {r.weights}"
+        + (f", autocast {r.autocast}" if r.autocast else "")
+        + (f", master weights {r.master}" if r.master else "")
+    )
+    yield "a step in steady state (optimizer state exists, gradients " + (
+        "are zeroed and kept)" if setup.keep_gradients else "are None at the start)"
+    )
+    if work.forward is not None:
+        yield (
+            f"eager PyTorch, transformers {setup.transformers}, attention {setup.attention}, loss {setup.loss}, "
+            + ("non-reentrant checkpointing of each layer" if setup.gradient_checkpointing else "no checkpointing")
+        )
+    if setup.device == "cuda":
+        yield f"CUDA context {(card or DEFAULT_CONTEXT).context / 2**30:.2f} GiB: {(card or DEFAULT_CONTEXT).evidence}"
+    if "rank" in job.hyperparameters:
+        clipped = sum(
+            repeat for row, repeat in work.model.groups() if is_target(row, work.targets) and job.rank > min(row.shape)
+        )
+        if clipped:
+            yield f"rank {job.rank} is above the smaller side of {clipped} matrices and is clipped to it there"
+    yield from work.code.notes
+
+
+def _not_counted(work: Work) -> Iterable[str]:
+    if work.forward is None:
+        yield "activations: the model's architecture is not known (only tensor shapes); give its config.json"
+    yield from GENERAL_NOT_COUNTED
+    yield from work.code.not_counted
+
+
+def model_json(spec: ModelSpec, targets: tuple[str, ...] | None) -> dict[str, Any]:
+    """The model as JSON: name, family, counts of parameters and where the spec comes from."""
+    return {
+        "name": spec.name,
+        "family": spec.family,
+        "parameters": spec.parameter_count,
+        "parameters_projected": sum(row.count * n for row, n in spec.groups() if is_target(row, targets)),
+        "layers": spec.num_layers,
+        "source": spec.source,
+    }
+
+
+def setup_json(setup: Setup, targets: tuple[str, ...] | None, card: Gpu | None) -> dict[str, Any]:
+    """The setup as JSON, under the names of the command line's options."""
+    return {
+        "recipe": setup.recipe.name,
+        "batch_size": setup.batch_size,
+        "seq_len": setup.seq_len,
+        "attention": setup.attention,
+        "gradient_checkpointing": setup.gradient_checkpointing,
+        "loss": setup.loss,
+        "layerwise": setup.layerwise,
+        "keep_gradients": setup.keep_gradients,
+        "keep_logits": setup.keep_logits,
+        "gradient_accumulation": setup.gradient_accumulation,
+        "transformers": setup.transformers,
+        "device": setup.device,
+        "target": None if targets is None else list(targets),
+        "gpu": None if card is None else card.name,
+    }

@@ -1,0 +1,221 @@
+"""`estimate` as a table, CSV or Markdown, and its equations with the numbers put in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from galore_mem.ledger import Entry
+from galore_mem.memory.tape import CATEGORIES, Bytes
+from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
+from galore_mem.result import Estimate, EstimateResult
+from galore_mem.units import GIB, format_bytes
+
+GLYPHS = "█▓▒░·"
+COLOURS = ("blue", "magenta", "yellow", "green", "white")
+LEGEND = "  ".join(f"{g} {c.replace('_', ' ')}" for g, c in zip(GLYPHS, CATEGORIES, strict=True))
+BAR = 24
+
+
+def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool, plain: bool) -> str:
+    """The result as text in one of the formats `table`, `csv` and `markdown`."""
+    if format == "csv":
+        return _tensor_csv(result) if tensors else _csv(result)
+    show = to_markdown if format == "markdown" else lambda table: to_terminal(table, plain=plain)
+    colour = format == "table"
+    parts = [show(overview(result, colour=colour))]
+    if explain:
+        parts += ["\n".join(explanation(e)) + "\n" for e in result.estimates]
+    if tensors:
+        parts += [show(tensor_table(e)) for e in result.estimates]
+    return "\n".join(parts)
+
+
+def overview(result: EstimateResult, *, colour: bool) -> Table:
+    """One row a method: residents, the peak with its phase, what it is made of, the verdict."""
+    highest = max(e.peak_allocated_bytes for e in result.estimates)
+    baseline = next((e for e in result.estimates if e.method == "adamw" and not e.layerwise), None)
+    judged = any(e.fits for e in result.estimates)
+    columns = [
+        Column("method"), Column("implementation"), Column("weights", right=True), Column("gradients", right=True),
+        Column("state", right=True), Column("peak GiB", right=True), Column("in"), Column("vs adamw", right=True),
+        Column("at the peak"),
+    ]  # fmt: skip
+    if judged:
+        columns += [Column("verdict"), Column("headroom", right=True)]
+    rows = []
+    for e in result.estimates:
+        row = [
+            e.method + (" +layerwise" if e.layerwise else ""), e.implementation, _gib(e.weights_bytes),
+            _gib(e.gradients_bytes), _gib(e.optimizer_state_bytes), _gib(e.peak_allocated_bytes), e.peak.name,
+            _saving(e, baseline), _bar(e.peak.components, highest, colour=colour),
+        ]  # fmt: skip
+        if judged:
+            row += _verdict(e, colour=colour)
+        rows.append(tuple(row))
+    return Table(_title(result), tuple(columns), tuple(rows), tuple(_footer(result)))
+
+
+def _title(result: EstimateResult) -> str:
+    m, s = result.model, result.setup
+    return (
+        f"{m['name']}: {m['parameters']:,} parameters, {m['parameters_projected']:,} projected; "
+        f"batch {s['batch_size']} x {s['seq_len']} tokens, {s['recipe']}, {s['attention']} attention"
+        + (", checkpointing" if s["gradient_checkpointing"] else "")
+    )
+
+
+def _footer(result: EstimateResult) -> Iterator[str]:
+    yield LEGEND
+    yield "GiB = 2^30 bytes. Weights, gradients, state: the tensors that stay. Peak: torch's allocator, highest phase."
+    first = result.estimates[0]
+    if result.setup["gpu"]:
+        outside = format_bytes(first.outside_allocator_bytes)
+        yield f"Verdict: peak + {outside} of CUDA context against {first.fits.gpu if first.fits else ''}; " + (
+            "tight = less than 5 % to spare, fragmentation is not counted."
+        )
+    common = set.intersection(*(set(e.assumptions) for e in result.estimates))
+    yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
+    clipped = {a for e in result.estimates for a in e.assumptions if "clipped" in a}
+    yield from (f"Note: {a}." for a in sorted(clipped - common))
+    if any("activations" in n for n in first.not_counted):
+        yield f"Not counted: {first.not_counted[0]}."
+
+
+def _gib(n: int) -> str:
+    return f"{n / GIB:.2f}" if n >= GIB // 100 or n == 0 else f"{n / GIB:.4f}"
+
+
+def _saving(e: Estimate, baseline: Estimate | None) -> str:
+    if baseline is None or e is baseline:
+        return ""
+    change = e.peak_allocated_bytes / baseline.peak_allocated_bytes - 1
+    return f"{change:+.1%}"
+
+
+def _bar(live: Bytes, highest: int, *, colour: bool) -> str:
+    """The components of a peak as a bar, the highest peak of the table filling it (largest remainders)."""
+    total = sum(live)
+    cells = max(1, round(BAR * total / highest)) if highest else 0
+    exact = [cells * part / total if total else 0.0 for part in live]
+    counts = [int(x) for x in exact]
+    for i in sorted(range(5), key=lambda i: counts[i] - exact[i])[: cells - sum(counts)]:
+        counts[i] += 1
+    if not colour:
+        return "".join(g * n for g, n in zip(GLYPHS, counts, strict=True))
+    return "".join(f"[{c}]{g * n}[/{c}]" for c, g, n in zip(COLOURS, GLYPHS, counts, strict=True) if n)
+
+
+def _verdict(e: Estimate, *, colour: bool) -> list[str]:
+    if e.fits is None:
+        return ["", ""]
+    shade = {"fits": "green", "tight": "yellow", "does_not_fit": "red"}[e.fits.verdict]
+    verdict = e.fits.verdict.replace("_", " ")
+    headroom = f"{e.fits.headroom_bytes / GIB:+.2f}"
+    return [f"[{shade}]{verdict}[/{shade}]" if colour else verdict, headroom]
+
+
+# -- every number, for scripts -----------------------------------------------------------------------
+
+
+def _csv(result: EstimateResult) -> str:
+    columns = [
+        "model", "method", "implementation", "convention", "layerwise", "phase", "allocated_bytes", *CATEGORIES,
+        "is_peak", "weights_bytes", "gradients_bytes", "optimizer_state_bytes", "device_bytes", "verdict",
+    ]  # fmt: skip
+    rows = [
+        [
+            result.model["name"], e.method, e.implementation, e.convention, e.layerwise, p.name, p.allocated_bytes,
+            *p.components, p is e.peak, e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.device_bytes,
+            e.fits.verdict if e.fits else "",
+        ]
+        for e in result.estimates
+        for p in e.phases
+    ]  # fmt: skip
+    return to_csv(columns, rows)
+
+
+def _tensor_csv(result: EstimateResult) -> str:
+    columns = ["method", "implementation", "kind", "param", "buffer", "shape", "dtype", "bytes", "count", "host"]
+    rows = [
+        [e.method, e.implementation, t.kind, t.param, t.buffer, "x".join(map(str, t.shape)), t.dtype.name, t.nbytes,
+         t.repeat, t.host]
+        for e in result.estimates
+        for t in e.entries
+    ]  # fmt: skip
+    return to_csv(columns, rows)
+
+
+def tensor_table(e: Estimate) -> Table:
+    """Every persistent tensor of one estimate, one row for tensors that repeat in each layer."""
+    columns = (
+        Column("kind"), Column("parameter"), Column("buffer"), Column("shape"), Column("dtype"),
+        Column("bytes each", right=True), Column("x", right=True), Column("bytes", right=True),
+    )  # fmt: skip
+    rows = tuple(
+        (t.kind, t.param, t.buffer + (" (host)" if t.host else "") + (" (view)" if t.is_view else ""),
+         " x ".join(map(str, t.shape)) or "scalar", t.dtype.name, f"{t.nbytes:,}", str(t.repeat), f"{t.total:,}")
+        for t in e.entries
+    )  # fmt: skip
+    return Table(f"{e.method} ({e.implementation}): persistent tensors", columns, rows)
+
+
+# -- equations ---------------------------------------------------------------------------------------
+
+
+def explanation(e: Estimate) -> Iterator[str]:
+    """The equation of each component with the numbers put in (m <= n are the sides of a matrix, r the rank)."""
+    given = ", ".join(f"{k} {v}" for k, v in e.hyperparameters.items())
+    yield f"{e.method} ({e.implementation}{'; ' + given if given else ''})"
+    for kind in ("weights", "gradients"):
+        yield from _sum_lines(kind, [t for t in e.entries if t.kind == kind])
+    if e.layerwise:
+        yield f"  (layer-wise: at most one gradient at a time, {format_bytes(e.gradients_bytes)})"
+    state = [t for t in e.entries if t.kind == "optimizer_state" and not t.host]
+    yield f"  optimizer_state = {e.optimizer_state_bytes:,} B = {format_bytes(e.optimizer_state_bytes)}"
+    for projected, label in ((True, "projected"), (False, "other")):
+        part = [t for t in state if t.projected is projected]
+        if part:
+            formula = e.equations.get(label)
+            yield f"    {label} parameters" + (f": {formula} elements per m x n matrix" if formula else "")
+            yield from (f"  {line}" for line in _terms(part))
+    for phase in e.phases:
+        parts = " + ".join(
+            f"{format_bytes(n)} {name.replace('_', ' ')}"
+            for name, n in zip(CATEGORIES, phase.components, strict=True)
+            if n
+        )
+        mark = "  <- peak" if phase is e.peak else ""
+        yield f"  {phase.name} = {parts} = {format_bytes(phase.allocated_bytes)}{mark}"
+        if phase.per_layer is not None and phase.per_layer[3]:
+            yield f"    activations grow by {format_bytes(phase.per_layer[3])} ({phase.per_layer[3]:,} B) a layer"
+    yield from (f"  assumed: {a}" for a in e.assumptions)
+    yield from (f"  not counted: {n}" for n in e.not_counted)
+
+
+def _sum_lines(kind: str, entries: list[Entry]) -> Iterator[str]:
+    total = sum(t.total for t in entries)
+    yield f"  {kind} = {total:,} B = {format_bytes(total)}"
+    yield from _terms(entries)
+
+
+def _terms(entries: Iterable[Entry]) -> Iterator[str]:
+    """`name: elements x bytes` for each buffer and format."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for t in entries:
+        groups.setdefault((t.buffer, t.dtype.name), []).append(t)
+    for (buffer, dtype), found in groups.items():
+        count = sum(t.repeat for t in found)
+        elements = sum(_elements(t) * t.repeat for t in found)
+        total = sum(t.total for t in found)
+        bits = found[0].dtype.bits
+        each = f"{bits // 8} B" if bits % 8 == 0 else f"{bits}/8 B"
+        held = "" if not any(t.is_view for t in found) else " (views that keep larger storages alive)"
+        name = f"{buffer}: " if buffer else ""
+        yield f"    {name}{count:,} tensors, {elements:,} elements x {each} ({dtype}) = {total:,} B{held}"
+
+
+def _elements(t: Entry) -> int:
+    n = 1
+    for size in t.shape:
+        n *= size
+    return n

@@ -1,0 +1,130 @@
+"""JSON Schemas (draft 2020-12) of what the commands print with `--format json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from galore_mem.errors import unknown
+from galore_mem.memory.phases import PHASES
+from galore_mem.memory.tape import CATEGORIES
+from galore_mem.result import ESTIMATE_SCHEMA
+
+Schema = dict[str, Any]
+
+INT: Schema = {"type": "integer"}
+BYTES: Schema = {"type": "integer", "minimum": 0}
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
+TEXTS: Schema = {"type": "array", "items": TEXT}
+
+
+def _object(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    """An object with exactly these keys; all but `optional` are required."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+        "additionalProperties": False,
+    }
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _estimate() -> Schema:
+    phase = _object(
+        name={"enum": list(PHASES)}, allocated_bytes=BYTES, components=_object(**dict.fromkeys(CATEGORIES, BYTES))
+    )
+    fits = _object(
+        gpu=TEXT,
+        capacity_bytes=BYTES,
+        headroom_bytes=INT,
+        verdict={"enum": ["fits", "tight", "does_not_fit"]},
+    )
+    tensor = _object(
+        kind={"enum": ["weights", "gradients", "optimizer_state"]},
+        param=TEXT,
+        buffer=TEXT,
+        shape=_list(BYTES),
+        dtype=TEXT,
+        bytes=BYTES,
+        count=BYTES,
+        host=FLAG,
+    )
+    one = _object(
+        ("tensors",),
+        method=TEXT,
+        implementation=TEXT,
+        convention={"enum": ["implementation", "paper"]},
+        hyperparameters={"type": "object", "additionalProperties": {"type": ["integer", "number", "string"]}},
+        layerwise=FLAG,
+        weights_bytes=BYTES,
+        gradients_bytes=BYTES,
+        optimizer_state_bytes=BYTES,
+        phases=_list(phase),
+        peak_phase={"enum": list(PHASES)},
+        peak_allocated_bytes=BYTES,
+        peak_reserved_bytes=_or_null(BYTES),
+        outside_allocator_bytes=BYTES,
+        device_bytes=BYTES,
+        fits=_or_null(fits),
+        assumptions=TEXTS,
+        not_counted=TEXTS,
+        tensors=_list(tensor),
+    )
+    model = _object(
+        name=TEXT,
+        family=_or_null(TEXT),
+        parameters=BYTES,
+        parameters_projected=BYTES,
+        layers=BYTES,
+        source=TEXT,
+    )
+    setup = _object(
+        recipe=TEXT,
+        batch_size=INT,
+        seq_len=INT,
+        attention=TEXT,
+        gradient_checkpointing=FLAG,
+        loss=TEXT,
+        layerwise=FLAG,
+        keep_gradients=FLAG,
+        keep_logits=FLAG,
+        gradient_accumulation=INT,
+        transformers=TEXT,
+        device=TEXT,
+        target=_or_null(TEXTS),
+        gpu=_or_null(TEXT),
+    )
+    return _object(schema={"const": ESTIMATE_SCHEMA}, version=TEXT, model=model, setup=setup, estimates=_list(one))
+
+
+def _papers() -> Schema:
+    cell = _object(
+        paper=TEXT,
+        table=TEXT,
+        row=TEXT,
+        column=TEXT,
+        printed=TEXT,
+        computed=_or_null(TEXT),
+        unit=TEXT,
+        convention=TEXT,
+        verdict={"enum": ["reproduced", "not_reproduced"]},
+        note=TEXT,
+    )
+    return _object(schema={"const": "galore-mem.papers/1"}, cells=_list(cell))
+
+
+SCHEMAS = {"estimate": _estimate, "papers": _papers}
+
+
+def schema(name: str) -> Schema:
+    """The JSON Schema of a command's output. Raises `InputError` for a command that has none."""
+    if name not in SCHEMAS:
+        raise unknown("schema", name, SCHEMAS)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"galore-mem {name}", **SCHEMAS[name]()}

@@ -1,0 +1,151 @@
+"""What the services return: plain data, with the JSON that scripts rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from galore_mem.ledger import Entry
+from galore_mem.memory.tape import CATEGORIES, Bytes
+
+ESTIMATE_SCHEMA = "galore-mem.estimate/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The highest moment of one phase; the components sum to `allocated_bytes`.
+
+    `per_layer` is what one more layer would add to each component, where it is known.
+    """
+
+    name: str
+    components: Bytes
+    per_layer: Bytes | None = None
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(self.components)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "allocated_bytes": self.allocated_bytes,
+            "components": dict(zip(CATEGORIES, self.components, strict=True)),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Does it fit the card? `tight`: with less room than `MARGIN` of what is needed."""
+
+    gpu: str
+    capacity_bytes: int
+    headroom_bytes: int
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gpu": self.gpu,
+            "capacity_bytes": self.capacity_bytes,
+            "headroom_bytes": self.headroom_bytes,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One method under one implementation (or the paper's counting).
+
+    `weights_bytes`, `gradients_bytes` and `optimizer_state_bytes` are exact sums of the tensors, at their fullest;
+    phases are in allocator blocks (on CUDA each tensor is rounded up to 512 bytes).
+    """
+
+    method: str
+    title: str
+    implementation: str
+    convention: str
+    hyperparameters: Mapping[str, int | float | str]
+    layerwise: bool
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_state_bytes: int
+    phases: tuple[Phase, ...]
+    outside_allocator_bytes: int
+    fits: Fit | None
+    assumptions: tuple[str, ...]
+    not_counted: tuple[str, ...]
+    equations: Mapping[str, str] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+    peak_reserved_bytes: int | None = None
+
+    @property
+    def peak(self) -> Phase:
+        """The phase with the highest moment (the first of them, if several are equal)."""
+        return max(self.phases, key=lambda phase: phase.allocated_bytes)
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return self.peak.allocated_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """What the device must provide: the allocator's peak (reserved where known) and what lies outside it."""
+        inside = self.peak_allocated_bytes if self.peak_reserved_bytes is None else self.peak_reserved_bytes
+        return inside + self.outside_allocator_bytes
+
+    def to_json(self, tensors: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "method": self.method,
+            "implementation": self.implementation,
+            "convention": self.convention,
+            "hyperparameters": dict(self.hyperparameters),
+            "layerwise": self.layerwise,
+            "weights_bytes": self.weights_bytes,
+            "gradients_bytes": self.gradients_bytes,
+            "optimizer_state_bytes": self.optimizer_state_bytes,
+            "phases": [phase.to_json() for phase in self.phases],
+            "peak_phase": self.peak.name,
+            "peak_allocated_bytes": self.peak_allocated_bytes,
+            "peak_reserved_bytes": self.peak_reserved_bytes,
+            "outside_allocator_bytes": self.outside_allocator_bytes,
+            "device_bytes": self.device_bytes,
+            "fits": None if self.fits is None else self.fits.to_json(),
+            "assumptions": list(self.assumptions),
+            "not_counted": list(self.not_counted),
+        }
+        if tensors:
+            found["tensors"] = [entry_json(e) for e in self.entries]
+        return found
+
+
+def entry_json(entry: Entry) -> dict[str, Any]:
+    return {
+        "kind": entry.kind,
+        "param": entry.param,
+        "buffer": entry.buffer,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype.name,
+        "bytes": entry.nbytes,
+        "count": entry.repeat,
+        "host": entry.host,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateResult:
+    """What `estimate` answers for one model and setup, method by method."""
+
+    version: str
+    model: Mapping[str, Any]
+    setup: Mapping[str, Any]
+    estimates: tuple[Estimate, ...]
+
+    def to_json(self, tensors: bool = False) -> dict[str, Any]:
+        return {
+            "schema": ESTIMATE_SCHEMA,
+            "version": self.version,
+            "model": dict(self.model),
+            "setup": dict(self.setup),
+            "estimates": [e.to_json(tensors) for e in self.estimates],
+        }
