@@ -166,9 +166,13 @@ class Slot:
 
 
 class Slots(Sequence[Slot]):
-    """The parameters of a step program, in the optimizer's order. Iterating marks where the program is."""
+    """The parameters of a step program, in the optimizer's order.
 
-    def __init__(self, tape: Tape, slots: Sequence[Slot], phase: str) -> None:
+    Iterating marks on the tape where the program is, under the name of `phase` (None: the step runs inside
+    another phase, whose marks stand).
+    """
+
+    def __init__(self, tape: Tape, slots: Sequence[Slot], phase: str | None) -> None:
         self.tape = tape
         self._slots = slots
         self._phase = phase
@@ -184,9 +188,11 @@ class Slots(Sequence[Slot]):
         self._stage += 1
         stage = self._stage
         for slot in self._slots:
-            self.tape.mark(self._phase, stage, slot.layer)
+            if self._phase is not None:
+                self.tape.mark(self._phase, stage, slot.layer)
             yield slot
-        self.tape.mark(self._phase, stage, "after")
+        if self._phase is not None:
+            self.tape.mark(self._phase, stage, "end")
 
 
 StateRule = Callable[[Trained, Job], tuple[Buffer, ...]]
@@ -237,7 +243,10 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a paper describes. `paper` is its own counting; `implementations[0]` is the default."""
+    """What a paper describes. `paper` is its own counting; `implementations[0]` is the default.
+
+    `always_layerwise` says that the update is part of the backward pass by nature: there is no other step.
+    """
 
     name: str
     title: str
@@ -247,6 +256,7 @@ class Method:
     hyperparameters: tuple[Hyperparameter, ...] = ()
     projects: bool = False
     variants: tuple[str, ...] = ()
+    always_layerwise: bool = False
 
     def implementation(self, name: str | None) -> Implementation:
         """The implementation of this name (None: the default). Raises `InputError`."""

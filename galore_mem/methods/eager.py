@@ -1,0 +1,43 @@
+"""What eager kernels allocate besides their result, where the CPU and CUDA differ.
+
+CUDA kernels convert between formats element by element. CPU kernels work on whole tensors of one
+format, so that mixed operands, and means of half-precision tensors, pass through float32 copies.
+"""
+
+from __future__ import annotations
+
+from galore_mem.dtypes import FLOAT32, DType
+from galore_mem.memory.tape import Shape, Tensor
+from galore_mem.methods.base import Job, Slot
+
+
+def as_float32(slot: Slot, tensor: Tensor | None) -> Tensor | None:
+    """`tensor.float()`: the same tensor when it is float32 already, else a float32 copy."""
+    if tensor is None or tensor.dtype is FLOAT32:
+        return tensor
+    return slot.new(tensor.shape, FLOAT32, tensor)
+
+
+def mean(slot: Slot, job: Job, shape: Shape, dtype: DType, reduced: Shape) -> Tensor:
+    """`t.mean(dim)` of a tensor of this shape, leaving `reduced`.
+
+    On the CPU a half-precision mean is `t.to(float32).sum(dim).div_(size).to(dtype)`, the copy alive to
+    the end (aten/src/ATen/native/ReduceOps.cpp, mean_out).
+    """
+    if job.device == "cpu" and dtype is not FLOAT32:
+        wide, total = slot.new(shape, FLOAT32), slot.new(reduced, FLOAT32)
+        result = slot.new(reduced, dtype, wide, total)
+        del wide, total
+        return result
+    return slot.new(reduced, dtype)
+
+
+def add_float32(slot: Slot, job: Job) -> None:
+    """`weight.add_(update)` with a float32 update.
+
+    On the CPU a narrower weight is updated through two float32 copies of it, one read and one written
+    (aten/src/ATen/TensorIterator.cpp, compute_types: common dtype of inputs and of outputs).
+    """
+    if job.device == "cpu" and slot.param.dtype is not FLOAT32:
+        written, read = slot.new(slot.param.shape, FLOAT32), slot.new(slot.param.shape, FLOAT32)
+        del written, read
