@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated, Any
+
+# typer and the config models run pydantic; other packages' pydantic plugins have no business in here, and
+# looking for them reads the metadata of everything installed
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 import typer
 
@@ -54,6 +59,7 @@ _register()
 
 def main() -> None:
     """Entry point: 0 done, 1 done but the answer is no, 2 the input or usage is wrong (one line on stderr)."""
+    gc.disable()  # a command is short; what it makes is freed by reference counts
     try:
         code = app(standalone_mode=False)
     except InputError as error:

@@ -68,7 +68,7 @@ def command(
     Exit code 1: a single method was asked for, with --gpu, and it does not fit.
     """
     check_format(format)
-    from galore_mem.estimate import default_seq_len, estimate
+    from galore_mem.estimator import default_seq_len, estimate
     from galore_mem.setup import Setup
     from galore_mem.setup import recipe as find_recipe
     from galore_mem.spec.resolve import resolve

@@ -12,8 +12,10 @@ from galore_mem.units import GIB, format_bytes
 
 GLYPHS = "█▓▒░·"
 COLOURS = ("blue", "magenta", "yellow", "green", "white")
+SHORT = {"fits": "fits", "tight": "tight", "does_not_fit": "no"}
+VERDICTS = {"fits": "green", "tight": "yellow", "no": "red"}
 LEGEND = "  ".join(f"{g} {c.replace('_', ' ')}" for g, c in zip(GLYPHS, CATEGORIES, strict=True))
-BAR = 24
+BAR = 20
 
 
 def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool, plain: bool) -> str:
@@ -21,8 +23,7 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
     if format == "csv":
         return _tensor_csv(result) if tensors else _csv(result)
     show = to_markdown if format == "markdown" else lambda table: to_terminal(table, plain=plain)
-    colour = format == "table"
-    parts = [show(overview(result, colour=colour))]
+    parts = [show(overview(result))]
     if explain:
         parts += ["\n".join(explanation(e)) + "\n" for e in result.estimates]
     if tensors:
@@ -30,27 +31,27 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
     return "\n".join(parts)
 
 
-def overview(result: EstimateResult, *, colour: bool) -> Table:
+def overview(result: EstimateResult) -> Table:
     """One row a method: residents, the peak with its phase, what it is made of, the verdict."""
     highest = max(e.peak_allocated_bytes for e in result.estimates)
     baseline = next((e for e in result.estimates if e.method == "adamw" and not e.layerwise), None)
     judged = any(e.fits for e in result.estimates)
     columns = [
-        Column("method"), Column("implementation"), Column("weights", right=True), Column("gradients", right=True),
-        Column("state", right=True), Column("peak GiB", right=True), Column("in"), Column("vs adamw", right=True),
-        Column("at the peak"),
+        Column("method"), Column("implementation", drop=4), Column("weights", right=True, drop=2),
+        Column("gradients", right=True, drop=3), Column("state", right=True), Column("peak", right=True), Column("in"),
+        Column("vs adamw", right=True, drop=1), Column("at the peak", colours=dict(zip(GLYPHS, COLOURS, strict=True))),
     ]  # fmt: skip
     if judged:
-        columns += [Column("verdict"), Column("headroom", right=True)]
+        columns.append(Column(str(result.setup["gpu"]), colours=VERDICTS))
     rows = []
     for e in result.estimates:
         row = [
             e.method + (" +layerwise" if e.layerwise else ""), e.implementation, _gib(e.weights_bytes),
             _gib(e.gradients_bytes), _gib(e.optimizer_state_bytes), _gib(e.peak_allocated_bytes), e.peak.name,
-            _saving(e, baseline), _bar(e.peak.components, highest, colour=colour),
+            _saving(e, baseline), _bar(e.peak.components, highest),
         ]  # fmt: skip
         if judged:
-            row += _verdict(e, colour=colour)
+            row.append(_verdict(e))
         rows.append(tuple(row))
     return Table(_title(result), tuple(columns), tuple(rows), tuple(_footer(result)))
 
@@ -66,12 +67,13 @@ def _title(result: EstimateResult) -> str:
 
 def _footer(result: EstimateResult) -> Iterator[str]:
     yield LEGEND
-    yield "GiB = 2^30 bytes. Weights, gradients, state: the tensors that stay. Peak: torch's allocator, highest phase."
+    yield "GiB (2^30 bytes). weights, gradients, state: tensors that stay; peak: torch's allocator, highest phase."
     first = result.estimates[0]
     if result.setup["gpu"]:
         outside = format_bytes(first.outside_allocator_bytes)
-        yield f"Verdict: peak + {outside} of CUDA context against {first.fits.gpu if first.fits else ''}; " + (
-            "tight = less than 5 % to spare, fragmentation is not counted."
+        yield (
+            f"{result.setup['gpu']}: room left (+) or missing (-) for the peak and {outside} of CUDA context; "
+            "tight: less than 5 % to spare for fragmentation."
         )
     common = set.intersection(*(set(e.assumptions) for e in result.estimates))
     yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
@@ -92,7 +94,7 @@ def _saving(e: Estimate, baseline: Estimate | None) -> str:
     return f"{change:+.1%}"
 
 
-def _bar(live: Bytes, highest: int, *, colour: bool) -> str:
+def _bar(live: Bytes, highest: int) -> str:
     """The components of a peak as a bar, the highest peak of the table filling it (largest remainders)."""
     total = sum(live)
     cells = max(1, round(BAR * total / highest)) if highest else 0
@@ -100,18 +102,13 @@ def _bar(live: Bytes, highest: int, *, colour: bool) -> str:
     counts = [int(x) for x in exact]
     for i in sorted(range(5), key=lambda i: counts[i] - exact[i])[: cells - sum(counts)]:
         counts[i] += 1
-    if not colour:
-        return "".join(g * n for g, n in zip(GLYPHS, counts, strict=True))
-    return "".join(f"[{c}]{g * n}[/{c}]" for c, g, n in zip(COLOURS, GLYPHS, counts, strict=True) if n)
+    return "".join(g * n for g, n in zip(GLYPHS, counts, strict=True))
 
 
-def _verdict(e: Estimate, *, colour: bool) -> list[str]:
+def _verdict(e: Estimate) -> str:
     if e.fits is None:
-        return ["", ""]
-    shade = {"fits": "green", "tight": "yellow", "does_not_fit": "red"}[e.fits.verdict]
-    verdict = e.fits.verdict.replace("_", " ")
-    headroom = f"{e.fits.headroom_bytes / GIB:+.2f}"
-    return [f"[{shade}]{verdict}[/{shade}]" if colour else verdict, headroom]
+        return ""
+    return f"{SHORT[e.fits.verdict]} {e.fits.headroom_bytes / GIB:+.2f}"
 
 
 # -- every number, for scripts -----------------------------------------------------------------------

@@ -37,9 +37,8 @@ def _or_null(schema: Schema) -> Schema:
 
 
 def _estimate() -> Schema:
-    phase = _object(
-        name={"enum": list(PHASES)}, allocated_bytes=BYTES, components=_object(**dict.fromkeys(CATEGORIES, BYTES))
-    )
+    components = _object((), **dict.fromkeys(CATEGORIES, BYTES))
+    phase = _object(name={"enum": list(PHASES)}, allocated_bytes=BYTES, components=components)
     fits = _object(
         gpu=TEXT,
         capacity_bytes=BYTES,
@@ -111,13 +110,16 @@ def _papers() -> Schema:
         row=TEXT,
         column=TEXT,
         printed=TEXT,
-        computed=_or_null(TEXT),
+        computed={"type": ["integer", "number"]},
         unit=TEXT,
         convention=TEXT,
         verdict={"enum": ["reproduced", "not_reproduced"]},
         note=TEXT,
     )
-    return _object(schema={"const": "galore-mem.papers/1"}, cells=_list(cell))
+    counts: Schema = {"type": "object", "additionalProperties": BYTES}
+    table = _object(paper=TEXT, table=TEXT, cells=BYTES, reproduced=BYTES, conventions=counts)
+    reasons: Schema = {"type": "object", "additionalProperties": TEXT}
+    return _object(schema={"const": "galore-mem.papers/1"}, cells=_list(cell), tables=_list(table), conventions=reasons)
 
 
 SCHEMAS = {"estimate": _estimate, "papers": _papers}

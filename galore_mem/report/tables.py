@@ -6,16 +6,20 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading; `right` aligns numbers."""
+    """A heading; `right` aligns numbers; `colours` gives words of a cell, or single characters, a rich style;
+    the column with the highest `drop` goes first where a terminal is too narrow (0: never)."""
 
     name: str
     right: bool = False
+    colours: Mapping[str, str] = field(default_factory=dict)
+    drop: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +52,70 @@ def to_markdown(table: Table) -> str:
 
 
 def to_terminal(table: Table, *, plain: bool) -> str:
-    """The table as rich draws it; colours only where stdout is a terminal and the text is not `plain`."""
+    """The table in aligned columns: drawn by rich with colours on a terminal, as bare text elsewhere (files, pipes)."""
+    if plain or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return _aligned(table)
+    return _drawn(table)
+
+
+def _aligned(table: Table) -> str:
+    rows = [tuple(c.name for c in table.columns), *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    lines = [table.title] if table.title else []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(row, widths, table.columns, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, *table.footer]) + "\n"
+
+
+def _drawn(table: Table) -> str:
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
     text = io.StringIO()
-    colour = not plain and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    console = Console(file=text, force_terminal=colour, no_color=not colour, width=_width(plain), highlight=False)
-    drawn = RichTable(title=table.title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    width = os.get_terminal_size(sys.stdout.fileno()).columns
+    table = narrowed(table, width)
+    console = Console(file=text, force_terminal=True, width=width, highlight=False)
+    drawn = RichTable(
+        title=table.title or None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for column in table.columns:
         drawn.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
     for row in table.rows:
-        drawn.add_row(*(Text.from_markup(cell) if "[/" in cell else Text(cell) for cell in row))
-    console.print(drawn, soft_wrap=False)
+        drawn.add_row(*(_painted(Text, cell, c) for cell, c in zip(row, table.columns, strict=True)))
+    console.print(drawn)
     for line in table.footer:
         console.print(line, style="dim", markup=False)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    return text.getvalue()
 
 
-def _width(plain: bool) -> int:
-    if plain or not sys.stdout.isatty():
-        return 140
-    return max(80, os.get_terminal_size(sys.stdout.fileno()).columns)
+def _painted(text: Any, cell: str, column: Column) -> Any:
+    """A cell with the column's colours, by its words and by its characters."""
+    painted = text(cell)
+    for part, style in column.colours.items():
+        painted.highlight_words([part], style)
+    return painted
+
+
+def narrowed(table: Table, width: int) -> Table:
+    """The table without its most dispensable columns, as far as the width asks for it."""
+    columns, rows = list(table.columns), [list(row) for row in table.rows]
+
+    def needed() -> int:
+        return sum(max(len(c.name), *(len(row[i]) for row in rows)) + 2 for i, c in enumerate(columns)) - 2
+
+    while rows and needed() > width and any(c.drop for c in columns):
+        worst = max(range(len(columns)), key=lambda i: columns[i].drop)
+        del columns[worst]
+        for row in rows:
+            del row[worst]
+    return replace(table, columns=tuple(columns), rows=tuple(tuple(row) for row in rows))

@@ -82,11 +82,24 @@ def check(
             raise InputError(f"unknown hyperparameter {name!r}; known: {', '.join(sorted(known))}")
         if name in ("rank", "update_proj_gap") and int(value) < 1:
             raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+    if setup.attention == "flash":
+        check_flash(setup)
     limit = max_positions(spec)
     if limit is not None and spec.family in LEARNED_POSITIONS and setup.seq_len > limit:
         raise InputError(
             f"seq-len {setup.seq_len} is beyond the {limit} positions {spec.name} has learned; give --seq-len {limit}"
         )
+
+
+def check_flash(setup: Setup) -> None:
+    """Raises `InputError` where FlashAttention cannot run: it needs a 16-bit format and compute capability 8.0."""
+    computed = setup.recipe.autocast or setup.recipe.weights
+    if setup.device != "cuda":
+        raise InputError("flash attention needs a CUDA device; use --attention sdpa with --device cpu")
+    if computed.bits != 16:
+        raise InputError(f"flash attention needs a 16-bit format, and {setup.recipe.name} computes in {computed}")
+    if setup.compute_capability is not None and setup.compute_capability < (8, 0):
+        raise InputError("flash attention needs compute capability 8.0, which this card has not; use --attention sdpa")
 
 
 LEARNED_POSITIONS = ("gpt2", "bert", "roberta")
