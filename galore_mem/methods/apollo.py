@@ -5,9 +5,9 @@ MLSys 2025, arXiv:2412.05270. The paper counts 2nr + 2 (the projector is made ag
 
 apollo-torch 1.0.3 (apollo_torch/apollo.py, random_projector.py, svd_projector.py) keeps the random projector
 and does not clip its rank; with `proj=svd` it is GaLore's, a view of the whole factor in float32.
-`scaled_grad`, a scalar, is the last norm. Only `proj_type="std"` runs (with another side its scale per channel does not fit
-the gradient). Names outlive the iteration: `scaled_grad` of the previous
-parameter is there while this one's is made.
+`scaled_grad`, a scalar, is the last norm. Only `proj_type="std"` runs: with another side the scales do not fit
+the gradient. Names outlive the iteration: the previous parameter's `scaled_grad` is there while this one's is
+made.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from galore_mem.errors import unknown
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adamw, projection
 from galore_mem.methods.base import (
-    RANK, UPDATE_PROJ_GAP, Buffer, Citation, Hyperparameter, Implementation, Job, Method, Slot, Slots, Trained,
-)  # fmt: skip
+    RANK,
+    UPDATE_PROJ_GAP,
+    Buffer,
+    Citation,
+    Hyperparameter,
+    Implementation,
+    Job,
+    Method,
+    Slot,
+    Slots,
+    Trained,
+)
 from galore_mem.methods.projection import REFERENCE, applies, factor, one_side, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 

@@ -13,8 +13,16 @@ from __future__ import annotations
 from galore_mem.memory.tape import Tensor
 from galore_mem.methods import adamw, galore, projection
 from galore_mem.methods.base import (
-    RANK, UPDATE_PROJ_GAP, Buffer, Citation, Implementation, Job, Method, Slots, Trained,
-)  # fmt: skip
+    RANK,
+    UPDATE_PROJ_GAP,
+    Buffer,
+    Citation,
+    Implementation,
+    Job,
+    Method,
+    Slots,
+    Trained,
+)
 from galore_mem.methods.projection import PROJ_TYPE, applies, low_shape, lowered, one_side, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 

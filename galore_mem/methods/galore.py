@@ -22,9 +22,18 @@ from collections.abc import Callable
 from galore_mem.memory.tape import Tensor
 from galore_mem.methods import adamw, projection
 from galore_mem.methods.base import (
-    RANK, UPDATE_PROJ_GAP, Buffer, Citation, Implementation, Job, Method, Slot, Slots, Trained,
-)  # fmt: skip
-from galore_mem.methods.projection import PROJ_TYPE, REFERENCE, applies, lowered, low_shape, raised, regular_first
+    RANK,
+    UPDATE_PROJ_GAP,
+    Buffer,
+    Citation,
+    Implementation,
+    Job,
+    Method,
+    Slot,
+    Slots,
+    Trained,
+)
+from galore_mem.methods.projection import PROJ_TYPE, REFERENCE, applies, low_shape, lowered, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
 EQUATIONS = {"projected": "m·r + 2·n·r", "other": "2·m·n"}

@@ -16,8 +16,17 @@ from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adafactor, galore, projection
 from galore_mem.methods.adafactor import approx_sq_grad, cols, rows, squared_plus_eps
 from galore_mem.methods.base import (
-    RANK, UPDATE_PROJ_GAP, Buffer, Hyperparameter, Implementation, Job, Method, Slot, Slots, Trained,
-)  # fmt: skip
+    RANK,
+    UPDATE_PROJ_GAP,
+    Buffer,
+    Hyperparameter,
+    Implementation,
+    Job,
+    Method,
+    Slot,
+    Slots,
+    Trained,
+)
 from galore_mem.methods.eager import as_float32
 from galore_mem.methods.projection import PROJ_TYPE, applies, low_shape, lowered, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
@@ -71,18 +80,17 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
 
 
 def second_moment(slot: Slot, shape: Shape) -> None:
-    """Means by `vector_norm`, squared in float32; then the factors in the gradient's format. (A vector's
-    second moment takes its float32 square.)"""
+    """Means by `vector_norm`, squared in float32; then the factors in the gradient's format. (Of a vector
+    the float32 square, then the divisor.)"""
     dtype = slot.param.dtype
     if len(shape) < 2:
         slot.new(shape, FLOAT32)
+        projection.cast(slot, slot.new(shape, FLOAT32))
         return
     for side in (rows(shape), cols(shape)):
-        squares = slot.new(side, FLOAT32, slot.new(side, dtype))
-        del squares
+        as_float32(slot, slot.new(side, dtype))
     for side in (rows(shape), cols(shape)):
-        scale = slot.new(side, dtype, slot.new(side, FLOAT32))
-        del scale
+        projection.cast(slot, slot.new(side, FLOAT32))
 
 
 def state_reference(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -155,7 +163,7 @@ METHOD = Method(
         Implementation(
             name="galore-torch", version="galore-torch 1.0", source="galore_torch/adafactor.py",
             state=state_reference, step=step_reference, refreshes=True, not_counted=(SVD_WORKSPACE,),
-            equations={**EQUATIONS, "projected": "(m·m + n + r) at 4 bytes; + n·r with beta1: the whole factor stays alive"},
+            equations={**EQUATIONS, "projected": "(m·m + n + r) at 4 bytes; + n·r with beta1"},
             notes=("gradients are projected in float32: the projector keeps a whole m x m factor alive in any format",),
         ),
     ),

@@ -10,21 +10,22 @@ clipped. `peft` takes torch.optim.AdamW with foreach, `peft-fused` and `peft-loo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from galore_mem.dtypes import FLOAT32, DType
 from galore_mem.methods import adamw
-from galore_mem.methods.base import RANK, Citation, Implementation, Job, Method, Stored
+from galore_mem.methods.base import RANK, Citation, Implementation, Job, Method, Stored, StoreRule
 from galore_mem.methods.low_rank import factors
 from galore_mem.spec.model import ParamSpec
 
 VERSION = "peft 0.21, torch 2.13"
 
 
-def adapters(row: ParamSpec, r: int, dtype: DType) -> tuple[Stored, Stored]:
-    """`lora_A` and `lora_B` under the name of peft's default adapter."""
+def adapters(row: ParamSpec, r: int, dtype: DType, part: str = "default.weight") -> tuple[Stored, Stored]:
+    """`lora_A` and `lora_B`; `part` is what follows (peft names its adapters, and the first is `default`)."""
     a, b = factors(row, r)
-    return Stored(".lora_A.default.weight", a, dtype, dtype), Stored(".lora_B.default.weight", b, dtype, dtype)
+    return Stored(f".lora_A.{part}", a, dtype, dtype), Stored(f".lora_B.{part}", b, dtype, dtype)
 
 
 def frozen(row: ParamSpec, job: Job) -> Stored:
@@ -45,11 +46,19 @@ def store_paper(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]
     return frozen(row, job), *adapters(row, min(job.rank, *row.shape), job.recipe.weights)
 
 
-def under_peft(code: Implementation, **changes: object) -> Implementation:
-    """One of AdamW's implementations as the optimizer of a peft model."""
-    name = "peft" if code is adamw.FOREACH else code.name.replace("torch", "peft")
-    return replace(
-        code, name=name, version=VERSION, source=f"peft/tuners/lora/layer.py, {code.source}", **changes  # type: ignore[arg-type]
+def under_peft(store: StoreRule, linear: str, equations: Mapping[str, str]) -> tuple[Implementation, ...]:
+    """AdamW's implementations as the optimizer of a peft model."""
+    return tuple(
+        replace(
+            code,
+            name="peft" if code is adamw.FOREACH else code.name.replace("torch", "peft"),
+            version=VERSION,
+            source=f"peft/tuners/lora/layer.py, {code.source}",
+            store=store,
+            linear=linear,
+            equations=equations,
+        )
+        for code in (adamw.FOREACH, adamw.FUSED, adamw.LOOP)
     )
 
 
@@ -67,10 +76,7 @@ METHOD = Method(
         store=store_paper, linear="lora",
         equations={"projected": "2·(m·r + n·r), weights m·n + m·r + n·r", "other": "0 (frozen)"},
     ),
-    implementations=tuple(
-        under_peft(code, store=store, linear="lora", equations=EQUATIONS)
-        for code in (adamw.FOREACH, adamw.FUSED, adamw.LOOP)
-    ),
+    implementations=under_peft(store, "lora", EQUATIONS),
     hyperparameters=(RANK,),
     projects=True,
 )  # fmt: skip

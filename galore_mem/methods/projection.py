@@ -115,6 +115,12 @@ def raised(slot: Slot, job: Job, dtype: DType) -> Tensor:
     return slot.new(p.shape, dtype, half)
 
 
+def cast(slot: Slot, tensor: Tensor) -> Tensor:
+    """`tensor.to(grad.dtype)`."""
+    dtype = slot.param.dtype
+    return tensor if tensor.dtype is dtype else slot.new(tensor.shape, dtype, tensor)
+
+
 def renew(slot: Slot, job: Job, name: str = OURS) -> None:
     """A new projector of the gradient: SVD in float32, the kept columns copied, the factors freed."""
     p = slot.param

@@ -6,62 +6,36 @@ zero point in the gradient's format; their gradients are full ones in that forma
 
 galore-mem: two projector values per byte. A weight is updated and rounded stochastically in float32, in blocks
 of rows of about 2**22 elements, so that no full-size copy exists; a refresh compares the new projector with
-the old one and keeps nothing else. q-galore-torch (VITA-Group/Q-GaLore 5bd2f1c; the wheel 1.0 lacks the INT8
-linear): each "INT4" value takes a byte of its own; `past_ortho_vector`, the first singular vector, stays; the
-step has up to eleven full-size tensors. It needs bitsandbytes 0.43 and sizes that 256 divides.
+the old one and keeps nothing else. q-galore-torch: see `q_galore_torch.py`.
 """
 
 from __future__ import annotations
 
-from galore_mem.dtypes import FLOAT32, INT4, UINT8, DType
-from galore_mem.memory.tape import GRADIENTS, WEIGHTS, Shape, Tensor
-from galore_mem.methods import galore_8bit, projection
+from galore_mem.dtypes import FLOAT32, INT4, UINT8
+from galore_mem.memory.tape import Tensor
+from galore_mem.methods import galore_8bit, q_galore_torch
 from galore_mem.methods.adamw_8bit import lookup_tables
 from galore_mem.methods.base import (
-    RANK, UPDATE_PROJ_GAP, Buffer, Citation, Implementation, Job, Method, Slot, Slots, Stored, Trained, dense,
-)  # fmt: skip
+    RANK,
+    UPDATE_PROJ_GAP,
+    Buffer,
+    Citation,
+    Implementation,
+    Job,
+    Method,
+    Slot,
+    Slots,
+    Stored,
+    Trained,
+)
 from galore_mem.methods.galore_8bit import kernel, moments
-from galore_mem.methods.projection import OURS, REFERENCE, applies, factor, lowered, raised, regular_first
+from galore_mem.methods.projection import OURS, applies, lowered
+from galore_mem.methods.q_galore_torch import GROUP, groups, projector_shape, quantized_projector, store
 from galore_mem.methods.svd import SVD_WORKSPACE, full_svd
 from galore_mem.spec.model import ParamSpec
 from galore_mem.units import ceil_div
 
-GROUP = 256
 BLOCK = 2**22
-
-
-def groups(numel: int) -> Shape:
-    """A value for each group of 256 elements."""
-    return ceil_div(numel, GROUP), 1
-
-
-def store(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:
-    """Projected weights as uint8 codes with `scales` and `zeros`; the rest as it is."""
-    if not projected or len(row.shape) != 2:
-        return dense(row, projected, job)
-    given = job.recipe.weights
-    return (
-        Stored("", row.shape, UINT8, given),
-        Stored(".scales", groups(row.count), given, None),
-        Stored(".zeros", groups(row.count), given, None),
-    )
-
-
-def projector_shape(p: Trained, job: Job) -> Shape:
-    return factor(p, projection.one_side(p, job), job.r(p))
-
-
-def quantized_projector(p: Trained, job: Job, name: str, codes: DType, shape: Shape) -> tuple[Buffer, ...]:
-    """Codes, and a scale and a zero point per group in the gradient's format."""
-    m, n = projector_shape(p, job)
-    return (
-        Buffer(name, shape, codes),
-        Buffer(f"{name}_scales", groups(m * n), p.dtype),
-        Buffer(f"{name}_zeros", groups(m * n), p.dtype),
-    )
-
-
-# -- galore-mem ------------------------------------------------------------------------------------
 
 
 def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -107,8 +81,10 @@ def requantize(slot: Slot) -> None:
     if delta.dtype is not FLOAT32:
         delta = slot.new(block, FLOAT32, delta)
     del delta
+    group = groups(block[0] * block[1])
+    quantized = slot.new(group, FLOAT32), slot.new(group, FLOAT32)  # scales and zeros
     noise = slot.new(block, FLOAT32)
-    del weight, noise
+    del weight, quantized, noise
 
 
 def renew(slot: Slot, job: Job) -> None:
@@ -125,90 +101,6 @@ def renew(slot: Slot, job: Job) -> None:
     for buffer in quantized_projector(p, job, OURS, INT4, shape):
         slot.keep(buffer)
     del fresh, codes
-
-
-# -- q-galore-torch --------------------------------------------------------------------------------
-
-
-def state_reference(p: Trained, job: Job) -> tuple[Buffer, ...]:
-    """`projector.ortho_matrix` as groups x 256 bytes, its scales and zeros, `projector.past_ortho_vector`, and
-    bitsandbytes' states."""
-    if not applies(p):
-        return moments(p, job)
-    m, n = projector_shape(p, job)
-    return (
-        *quantized_projector(p, job, REFERENCE, UINT8, (ceil_div(m * n, GROUP), GROUP)),
-        Buffer("projector.past_ortho_vector", (p.m,), p.dtype),
-        *moments(p, job),
-    )
-
-
-def step_reference(slots: Slots, job: Job, refresh: bool) -> None:
-    """AdamW8bit.step. While a float weight stands in for the codes their storage is gone; `float_weight` and
-    `saved_data` of the previous parameter are there until the next ones take their names."""
-    float_weight: Tensor | None = None
-    saved_data: Tensor | None = None
-    for slot, projected in regular_first(slots):
-        p = slot.param
-        if not projected:
-            kernel(slot, job)
-            continue
-        float_weight = slot.like()
-        data = slot.like()  # p.data.to(dtype)
-        gone = slot.tape.bytes(-UINT8.nbytes(p.shape), WEIGHTS)
-        data = slot.like(data)  # float_weight.clone()
-        if refresh:
-            renew_reference(slot, job)
-        matrix = _dequantized(slot, job)
-        grad = lowered(slot, job, p.dtype)
-        del matrix
-        saved = slot.like()  # p.saved_data = p.data.clone()
-        data = slot.new(grad.shape, p.dtype)
-        grad.storage.move(GRADIENTS)
-        slot.grad = grad
-        kernel(slot, job, grad, data)
-        matrix = _dequantized(slot, job)
-        slot.like(raised(slot, job, p.dtype))
-        del matrix
-        data = saved
-        del saved
-        saved_data = slot.like()  # p.data.clone()
-        codes = _stochastic_round(slot)
-        del data, codes, gone
-    del float_weight, saved_data
-
-
-def _dequantized(slot: Slot, job: Job) -> Tensor:
-    """`scales * (ortho_matrix.to(dtype) - zeros)`: two of the three tensors at a time."""
-    shape, dtype = projector_shape(slot.param, job), slot.param.dtype
-    shifted = slot.new(shape, dtype, slot.new(shape, dtype))
-    return slot.new(shape, dtype, shifted)
-
-
-def _stochastic_round(slot: Slot) -> Tensor:
-    """_quantize_stochastic_round: `w_round`, `up_round_w`, `down_round_w`, `probability` and `random` to the end;
-    then the chosen values, those plus `zeros`, those clamped."""
-    group, dtype = groups(slot.param.numel), slot.param.dtype
-    kept = [slot.new(group, dtype) for _ in range(4)]  # max_val, min_val, scales, zeros
-    kept += [slot.like() for _ in range(5)]
-    chosen = slot.like(slot.new(slot.param.shape, UINT8))
-    chosen = slot.like(chosen, slot.like())
-    codes = slot.new(slot.param.shape, UINT8)
-    del kept, chosen
-    return codes
-
-
-def renew_reference(slot: Slot, job: Job) -> None:
-    """get_orthogonal_matrix, then `_quantize` of the projector."""
-    p = slot.param
-    (matrix,) = projection.ortho_matrix(slot, job, p.dtype, product=True)
-    slot.keep(Buffer("projector.past_ortho_vector", (p.m,), p.dtype))
-    rounded = slot.new(matrix.shape, p.dtype, slot.new(matrix.shape, p.dtype))
-    clamped = slot.new(matrix.shape, p.dtype, slot.new(matrix.shape, p.dtype, rounded))
-    shape = (ceil_div(matrix.numel, GROUP), GROUP)
-    for buffer in quantized_projector(p, job, REFERENCE, UINT8, shape):
-        slot.keep(buffer)
-    del clamped
 
 
 def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -247,18 +139,7 @@ METHOD = Method(
             state=state, step=step, shared=lookup_tables, store=store, linear="int8", refreshes=True,
             equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
-        Implementation(
-            name="q-galore-torch", version="Q-GaLore 5bd2f1c, bitsandbytes 0.43",
-            source="q_galore_torch/q_galore_adamw8bit.py, q_galore_projector.py, utils/quantization.py",
-            state=state_reference, step=step_reference, shared=lookup_tables, store=store, linear="int8",
-            refreshes=True, not_counted=(SVD_WORKSPACE,),
-            equations={**EQUATIONS, "projected": EQUATIONS["projected"].replace("m·r/2", "m·r + m·e")},
-            notes=(
-                "INT4 values of the projector are stored one per byte",
-                "after the step each projected gradient is the low-rank one until it is set to None",
-                "bitsandbytes 0.44 and later break it",
-            ),
-        ),
+        q_galore_torch.PACKAGE,
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP),
     projects=True,
