@@ -16,11 +16,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Allocations(Generic[T]):
-    """`live`: bytes allocated and not freed (negative when more was freed); `peak`: the most above the start."""
+    """`live`: bytes allocated and not freed (negative when more was freed); `peak`: the most above the start;
+    `steps`: of each allocation in order, its bytes and all live bytes after it."""
 
     value: T
     live: int
     peak: int
+    steps: list[tuple[int, int]]
 
 
 def allocations(run: Callable[[], T], *, ignore: int = 0, scratch: bool = True) -> Allocations[T]:
@@ -31,12 +33,14 @@ def allocations(run: Callable[[], T], *, ignore: int = 0, scratch: bool = True) 
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         value = run()
-    live = peak = 0
+    live = 0
+    steps = []
     for size in _sizes(prof, scratch):
         if abs(size) > ignore:
             live += size
-            peak = max(peak, live)
-    return Allocations(value, live, peak)
+            if size > 0:
+                steps.append((size, live))
+    return Allocations(value, live, max([0, *(total for _, total in steps)]), steps)
 
 
 def _sizes(prof: profile, scratch: bool) -> list[int]:

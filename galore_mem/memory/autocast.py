@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from galore_mem.dtypes import FLOAT32
 from galore_mem.memory.tape import Tensor
 from galore_mem.memory.views import to
 
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
-def autocast(t: Tensor) -> Tensor:
+
+def autocast(t: Maybe) -> Maybe:
     """The tensor in the autocast region's format. Casts of trained leaves from float32 are made once and cached; a
-    frozen weight is cast each time (autocast_mode.cpp, cached_cast)."""
+    frozen weight is cast each time (autocast_mode.cpp, cached_cast). Callers cast an operation's arguments from the
+    last to the first, as the compiled wrapper evaluates them."""
+    if t is None:
+        return t
     tape = t.tape
     if tape.autocast is None or not t.dtype.floating or t.dtype is tape.autocast:
         return t

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from galore_mem.memory.tape import ACTIVATIONS, Tape, Tensor
-
+from galore_mem.memory.tape import ACTIVATIONS, Storage, Tape, Tensor
 
 CPU_RNG_STATE = 5056  # bytes of torch.get_rng_state()
 
@@ -30,8 +29,7 @@ class Frame:
         for t in self.kept:
             t.storage.save()
         self.autocast = tape.autocast
-        # the state of the CPU's generator, kept to repeat dropout; on an accelerator it is in host memory
-        self.rng_state = tape.bytes(CPU_RNG_STATE, ACTIVATIONS) if tape.device == "cpu" else None
+        self.rng_state = _rng_state(tape)
         self.promised = 0
         self.recomputed: list[Tensor | None] | None = None
 
@@ -59,6 +57,7 @@ class Frame:
         recorder = Recorder(self.promised)
         grad_enabled, tape.grad_enabled = tape.grad_enabled, True
         outer, tape.frame = tape.frame, recorder
+        interrupted = _rng_state(tape)  # put back afterwards (torch.random.fork_rng)
         try:
             with tape.autocast_region(self.autocast):
                 self.run()
@@ -66,7 +65,13 @@ class Frame:
             pass
         finally:
             tape.frame, tape.grad_enabled = outer, grad_enabled
+            del interrupted
         return recorder.tensors
+
+
+def _rng_state(tape: Tape) -> Storage | None:
+    """The state of the CPU's generator, kept to repeat dropout; beside an accelerator it is in host memory."""
+    return tape.bytes(CPU_RNG_STATE, ACTIVATIONS) if tape.device == "cpu" else None
 
 
 class Promise:

@@ -155,7 +155,10 @@ def _fit(tape: Tape, results: list[Tensor | None], i: int, shape: Shape, dtype: 
     if grad is None:
         return
     if grad.shape != shape:
+        leading = len(grad.shape) > len(shape)
         results[i] = grad = tape.empty(shape, grad.dtype)
+        if leading:
+            results[i] = grad = grad.like(shape)
     if grad.dtype is not dtype:
         results[i] = tape.empty(shape, dtype, strides=result_strides(shape, grad.layout))
 
@@ -164,9 +167,11 @@ def _add(tape: Tape, slots: list[Tensor | None], index: int, grad: Tensor | None
     """A second gradient for one value is added to the first in place, unless the first or its storage has
     another owner, or gaps; then the sum is a new tensor (input_buffer.cpp, can_accumulate_inplace). Either
     way the second one lives until the node that made it has handed on all its results."""
-    owners = _owners(slots, index)
+    sole = _owners(slots, index) == _SOLE_OWNER
     held = slots[index]
-    if held is not None and grad is not None and not (owners == _SOLE_OWNER and is_dense(*held.layout)):
+    if held is None or grad is None:
+        return
+    if not sole or held.is_view or not is_dense(*held.layout):
         slots[index] = tape.empty(held.shape, held.dtype, strides=result_strides(held.shape, held.layout, grad.layout))
 
 

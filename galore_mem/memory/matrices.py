@@ -15,26 +15,38 @@ def mm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     laid out as its operand is, also where that is a transposed view (mm_mat1_backward, mm_mat2_backward)."""
     tape = x.tape
     for_x, for_w = x.requires_grad, weight.requires_grad
-    like_x, like_w = _matrix(x), _matrix(weight)
-    biased = bias is not None
+    shape_x, shape_w = x.shape, weight.shape
+    columns_x, columns_w = _by_columns(x), _by_columns(weight)
 
-    def backward(saved: Kept, grads: Incoming) -> Grads:
+    def backward_mm(saved: Kept, grads: Incoming) -> Grads:
         grad = first(grads)
-        grad_x = tape.empty(like_x[0], grad.dtype, strides=like_x[1]) if for_x else None
-        grad_w = tape.empty(like_w[0], grad.dtype, strides=like_w[1]) if for_w else None
-        return (grad_x, grad_w, grad) if biased else (grad_x, grad_w)
+        grad_w = _product(grad, shape_w, columns_w) if for_w else None
+        return _product(grad, shape_x, columns_x) if for_x else None, grad_w
 
-    inputs = (x, weight, bias) if biased else (x, weight)
+    def backward_addmm(saved: Kept, grads: Incoming) -> Grads:
+        grad = first(grads)
+        grad_x = _product(grad, shape_x, columns_x) if for_x else None
+        return grad, grad_x, _product(grad, shape_w, columns_w) if for_w else None
+
     saved = ((weight,) if for_x else ()) + ((x,) if for_w else ())
-    node = tape.node("MmBackward", inputs, saved, backward)
+    if bias is None:
+        node = tape.node("MmBackward", (x, weight), saved, backward_mm)
+    else:
+        node = tape.node("AddmmBackward", (bias, x, weight), saved, backward_addmm)
     out = tape.empty((x.shape[0], weight.shape[1]), x.dtype)
     tape.bind(node, out)
     return out
 
 
-def _matrix(t: Tensor) -> tuple[Shape, Shape | None]:
-    """Shape of a matrix, and its strides if it lies column by column."""
-    return t.shape, (1, t.shape[0]) if t.strides == (1, t.shape[0]) else None
+def _by_columns(t: Tensor) -> bool:
+    return t.strides == (1, t.shape[0])
+
+
+def _product(grad: Tensor, shape: Shape, by_columns: bool) -> Tensor:
+    """A new matrix; one that lies by columns is the transpose of a product."""
+    if not by_columns:
+        return grad.tape.empty(shape, grad.dtype)
+    return grad.tape.empty(shape[::-1], grad.dtype).like(shape, (1, shape[0]))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
@@ -44,12 +56,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_feature
     """
     if out_features is not None and out_features != weight.shape[0]:
         return conv1d(x, weight, bias)
-    x, weight = autocast(x), autocast(weight)
+    bias, weight, x = autocast(bias), autocast(weight), autocast(x)
     if bias is not None:
-        bias = autocast(bias)
         if len(x.shape) == 2:
             return mm(x, transpose(weight, 0, 1), bias)
-        if len(x.shape) == 3 and x.is_contiguous:
+        if x.is_contiguous:
             rows = view(x, -1, x.shape[-1])
             return view(mm(rows, transpose(weight, 0, 1), bias), *x.shape[:-1], weight.shape[0])
     out = matmul(x, transpose(weight, 0, 1))
@@ -59,10 +70,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_feature
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ W + b with the weight stored in x out (transformers pytorch_utils.py, Conv1D)."""
     rows = view(x, -1, x.shape[-1])
-    if bias is not None:
-        bias = autocast(bias)
-    out = mm(autocast(rows), autocast(weight), bias)
-    return view(out, *x.shape[:-1], weight.shape[1])
+    weight, rows, bias = autocast(weight), autocast(rows), autocast(bias)
+    return view(mm(rows, weight, bias), *x.shape[:-1], weight.shape[1])
 
 
 def add_(t: Tensor, other: Tensor) -> Tensor:
@@ -79,7 +88,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     A matrix on the right is multiplied with the rows of a; else both are reshaped to three dimensions, where what
     strides do not allow as a view is copied, and the copy is what is saved.
     """
-    a, b = autocast(a), autocast(b)
+    b, a = autocast(b), autocast(a)
     if len(a.shape) == len(b.shape) == 2:
         return mm(a, b)
     if len(b.shape) == 2 and _folds(a, b):
@@ -115,9 +124,8 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
     def backward(saved: Kept, grads: Incoming) -> Grads:
         dtype = first(grads).dtype
-        grad_a = tape.empty(shape_a, dtype) if for_a else None
         grad_b = tape.empty(shape_b, dtype) if for_b else None
-        return grad_a, grad_b
+        return tape.empty(shape_a, dtype) if for_a else None, grad_b
 
     saved = ((b,) if for_a else ()) + ((a,) if for_b else ())
     node = tape.node("BmmBackward", (a, b), saved, backward)

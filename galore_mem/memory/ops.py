@@ -7,7 +7,7 @@ kernels' own buffers the file named beside them. `tests/test_ops.py` runs each b
 
 from __future__ import annotations
 
-from galore_mem.dtypes import FLOAT16, FLOAT32, DType
+from galore_mem.dtypes import BOOL, FLOAT16, FLOAT32, DType
 from galore_mem.memory.autocast import autocast, autocast_wide
 from galore_mem.memory.matrices import add_, bmm, conv1d, linear, matmul, mm
 from galore_mem.memory.pointwise import (
@@ -25,7 +25,7 @@ from galore_mem.memory.pointwise import (
     silu,
     tanh,
 )
-from galore_mem.memory.tape import Grads, Tensor
+from galore_mem.memory.tape import Grads, Shape, Storage, Tape, Tensor
 from galore_mem.memory.views import (
     Incoming,
     Kept,
@@ -35,6 +35,7 @@ from galore_mem.memory.views import (
     expand,
     first,
     narrow,
+    pad_last,
     reshape,
     split,
     to,
@@ -68,10 +69,12 @@ __all__ = [
     "mul",
     "narrow",
     "nll_loss",
+    "pad_last",
     "pow",
     "relu",
     "reshape",
     "rsqrt",
+    "safe_softmax",
     "scale",
     "shift",
     "silu",
@@ -98,6 +101,16 @@ def softmax(t: Tensor, dtype: DType | None = None) -> Tensor:
     if not (tape.device == "cuda" and t.dtype is FLOAT16 and dtype is FLOAT32):
         t = to(t, dtype)
     return _softmax(t, "SoftmaxBackward", dtype, product=tape.device == "cuda")
+
+
+def safe_softmax(t: Tensor) -> Tensor:
+    """Softmax whose rows of nothing but -inf give zeros; to find them takes a boolean an element and one a row
+    (transformers/attention.cpp, _safe_softmax)."""
+    out = _softmax(t, "SafeSoftmaxBackward", t.dtype, product=t.tape.device == "cuda")
+    masked = t.tape.empty(t.shape, BOOL)
+    rows = t.tape.empty((*t.shape[:-1], 1), BOOL)
+    del masked, rows
+    return out
 
 
 def log_softmax(t: Tensor) -> Tensor:
@@ -171,13 +184,38 @@ def layer_norm(t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def embedding(weight: Tensor, ids: Tensor) -> Tensor:
     """Rows of a table: saves the ids; backward is a dense gradient of the whole table."""
-    tape, table = weight.tape, weight.shape
-    node = tape.node(
-        "EmbeddingBackward",
-        (weight,),
-        (ids,),
-        lambda saved, grads: (tape.empty(table, first(grads).dtype),),
-    )
+    tape, table, tokens = weight.tape, weight.shape, ids.numel
+
+    def backward(saved: Kept, grads: Incoming) -> Grads:
+        indices = _sorted_indices(tape, tokens)
+        grad = tape.empty(table, first(grads).dtype)
+        partial = _partial_sums(tape, tokens, table)
+        del indices, partial
+        return (grad,)
+
+    node = tape.node("EmbeddingBackward", (weight,), (ids,), backward)
     out = tape.empty((*ids.shape, table[1]), weight.dtype)
     tape.bind(node, out)
     return out
+
+
+_UNSORTED = 3072  # tokens that CUDA's embedding backward handles without sorting them
+
+
+def _sorted_indices(tape: Tape, tokens: int) -> list[Storage]:
+    """cuda/Embedding.cu, embedding_dense_backward_cuda: the ids and their places, sorted; a third buffer and the
+    sort's own are gone when the sums begin."""
+    if tape.device == "cpu" or tokens <= _UNSORTED:
+        return []
+    sorting = [tape.bytes(8 * tokens) for _ in range(3)]
+    return sorting[:2]
+
+
+def _partial_sums(tape: Tape, tokens: int, table: Shape) -> list[Storage]:
+    """cuda/EmbeddingBackwardKernel.cu: rows of one id are summed ten at a time, in float32, in room for as many sums
+    as there could be, with four arrays that say where each begins."""
+    if tape.device == "cpu" or tokens <= _UNSORTED:
+        return []
+    segments = min(tokens, table[0])
+    sums = tokens // 10 + segments
+    return [tape.bytes(n) for n in (8 * tokens, 8 * segments, 8 * segments, 8 * sums, 4 * sums * table[1])]

@@ -55,9 +55,13 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage: shape and strides in elements, dtype, and the node that made it."""
+    """Shape and strides (in elements) over a storage, a dtype, and the node that made it.
 
-    __slots__ = ("dtype", "index", "node", "requires_grad", "shape", "storage", "strides")
+    `is_view`: made from another tensor by a view operation. Autograd then keeps that tensor as the view's base, so
+    that the view is never the only owner of its storage (torch/csrc/autograd/variable.h, ViewInfo).
+    """
+
+    __slots__ = ("dtype", "index", "is_view", "node", "requires_grad", "shape", "storage", "strides")
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Tensor:
         strides: Shape | None = None,
         *,
         requires_grad: bool = False,
+        is_view: bool = False,
     ) -> None:
         self.storage = storage
         self.shape = shape
@@ -75,6 +80,7 @@ class Tensor:
         self.requires_grad = requires_grad
         self.node: Node | None = None
         self.index = 0
+        self.is_view = is_view
 
     @property
     def tape(self) -> Tape:
@@ -98,7 +104,7 @@ class Tensor:
 
     def like(self, shape: Shape, strides: Shape | None = None) -> Tensor:
         """Another view of the same storage, without the graph."""
-        return Tensor(self.storage, shape, self.dtype, strides)
+        return Tensor(self.storage, shape, self.dtype, strides, is_view=True)
 
 
 Grads = tuple[Tensor | None, ...]

@@ -166,6 +166,21 @@ def _copy(t: Tensor, name: str, dtype: DType, strides: Shape | None) -> Tensor:
     return out
 
 
+def pad_last(t: Tensor, size: int) -> Tensor:
+    """Zeros added at the end of the last dimension: a contiguous copy; backward copies them off again
+    (PadNd.cpp, constant_pad_nd)."""
+    before = t.shape
+
+    def backward(saved: Kept, grads: Incoming) -> Grads:
+        grad = first(grads)
+        return (grad.tape.empty(before, grad.dtype, strides=result_strides(before, (before, grad.strides))),)
+
+    node = t.tape.node("ConstantPadBackward", (t,), (), backward)
+    out = t.tape.empty((*before[:-1], size), t.dtype)
+    t.tape.bind(node, out)
+    return out
+
+
 def cat(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Joined along one dimension; backward hands out views of the one gradient (cat_tensors_backward)."""
     dim %= len(parts[0].shape)
