@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from galore_mem._version import __version__
@@ -12,10 +12,11 @@ from galore_mem.families import family
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.ledger import Entry, ledger
+from galore_mem.memory.kept import kept_by_layer
 from galore_mem.memory.phases import Phases, Work, stepping, training
 from galore_mem.methods.base import Implementation, Job, Method
 from galore_mem.methods.registry import METHODS, method
-from galore_mem.result import Estimate, EstimateResult, Fit, Phase
+from galore_mem.result import Estimate, EstimateResult, Fit, Phase, Unsupported
 from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec, check_targets, is_target
 from galore_mem.spec.resolve import resolve
@@ -38,6 +39,7 @@ def estimate(
     convention: str = "implementation",
     targets: Iterable[str] | None = None,
     gpu: str | None = None,
+    explain: bool = False,
     **hyperparameters: int | float | str | None,
 ) -> EstimateResult:
     """How much memory training `model` takes with each method.
@@ -53,14 +55,47 @@ def estimate(
     if card is not None and card.capability is not None:
         setup = replace(setup, compute_capability=card.capability)
     chosen = tuple(targets) if targets is not None else None
+    asked = tuple(methods or ())
     check(spec, setup, convention, chosen, hyperparameters)
-    cases = list(select(methods, implementation, convention, setup))
     cache: dict[object, Phases] = {}
-    budgets = tuple(
-        budget(spec, found, code, setup, chosen, card, given_for(found, hyperparameters), convention, cache)
-        for found, code in cases
+    answers: list[Estimate] = []
+    unsupported: list[Unsupported] = []
+    for found, code in select(asked, implementation, convention, setup):
+        case = Case(spec, setup, found, code, chosen, given_for(found, hyperparameters), convention, card)
+        try:
+            answers.append(budget(case, cache, explain=explain))
+        except InputError as error:  # one method of all cannot handle this model or setup
+            if asked:
+                raise
+            unsupported.append(Unsupported(found.name, code.name, str(error)))
+    return EstimateResult(
+        __version__, model_json(spec, chosen), setup_json(setup, chosen, card), tuple(answers), tuple(unsupported)
     )
-    return EstimateResult(__version__, model_json(spec, chosen), setup_json(setup, chosen, card), budgets)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One method under one implementation (or the paper's counting), for one model and setup."""
+
+    model: ModelSpec
+    setup: Setup
+    method: Method
+    code: Implementation
+    targets: tuple[str, ...] | None
+    hyperparameters: Mapping[str, int | float | str]
+    convention: str = "implementation"
+    card: Gpu | None = None
+
+    def work(self) -> Work:
+        """The case as the phases run it: layer-wise where the method always is, or whole where its code cannot be."""
+        setup, spec = self.setup, self.model
+        if self.method.always_layerwise:
+            setup = replace(setup, layerwise=True, keep_gradients=False, gradient_accumulation=1)
+        elif not self.code.layerwise:
+            setup = replace(setup, layerwise=False)
+        job = Job(self.hyperparameters, setup.recipe, setup.device, spec.heads)
+        forward = family(spec.family).forward if spec.family is not None else None
+        return Work(spec, setup, self.code, job, self.targets, forward)
 
 
 def check(
@@ -120,10 +155,9 @@ def default_seq_len(spec: ModelSpec) -> int:
 
 
 def select(
-    methods: Iterable[str] | None, implementation: str | None, convention: str, setup: Setup
+    asked: Sequence[str], implementation: str | None, convention: str, setup: Setup
 ) -> Iterable[tuple[Method, Implementation]]:
     """The methods and implementations that were asked for, in the registry's order when none is named."""
-    asked = None if methods is None else list(methods)
     found = list(METHODS.values()) if not asked else [method(name) for name in asked]
     matched = False
     for one in found:
@@ -154,52 +188,36 @@ def given_for(found: Method, given: Mapping[str, int | float | str | None]) -> d
     return values
 
 
-def budget(
-    spec: ModelSpec,
-    found: Method,
-    code: Implementation,
-    setup: Setup,
-    targets: tuple[str, ...] | None,
-    card: Gpu | None,
-    hyperparameters: Mapping[str, int | float | str],
-    convention: str = "implementation",
-    cache: dict[object, Phases] | None = None,
-) -> Estimate:
-    """The estimate of one method under one implementation. `cache` shares forward and backward passes between them."""
-    if found.always_layerwise:
-        setup = replace(setup, layerwise=True, keep_gradients=False, gradient_accumulation=1)
-    elif not code.layerwise:
-        setup = replace(setup, layerwise=False)
-    job = Job(hyperparameters, setup.recipe, setup.device, spec.heads)
-    forward = family(spec.family).forward if spec.family is not None else None
-    work = Work(spec, setup, code, job, targets, forward)
-    entries = tuple(ledger(spec, code, job, targets))
+def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bool = False) -> Estimate:
+    """The estimate of one case. `cache` shares forward and backward passes between cases of one model and setup."""
+    work = case.work()
+    entries = tuple(ledger(work.model, work.code, work.job, work.targets))
     phases = _phases(work, entries, cache if cache is not None else {})
-    sums = {
-        kind: sum(e.total for e in entries if e.kind == kind) for kind in ("weights", "gradients", "optimizer_state")
-    }
-    if setup.layerwise:
+    sums = dict.fromkeys(("weights", "gradients", "optimizer_state"), 0)
+    for e in entries:
+        sums[e.kind] += e.total
+    if work.setup.layerwise:
         sums["gradients"] = max((e.nbytes for e in entries if e.kind == "gradients"), default=0)
-    outside = (card or DEFAULT_CONTEXT).context if setup.device == "cuda" else 0
     made = Estimate(
-        method=found.name,
-        title=found.title,
-        implementation=code.name,
-        convention=convention,
-        hyperparameters=hyperparameters,
-        layerwise=setup.layerwise,
+        method=case.method.name,
+        title=case.method.title,
+        implementation=case.code.name,
+        convention=case.convention,
+        hyperparameters=case.hyperparameters,
+        layerwise=work.setup.layerwise,
         weights_bytes=sums["weights"],
         gradients_bytes=sums["gradients"],
         optimizer_state_bytes=sums["optimizer_state"],
         phases=phases,
-        outside_allocator_bytes=outside,
+        outside_allocator_bytes=(case.card or DEFAULT_CONTEXT).context if work.setup.device == "cuda" else 0,
         fits=None,
-        assumptions=tuple(_assumptions(work, card)),
+        assumptions=tuple(_assumptions(work, case.card)),
         not_counted=tuple(_not_counted(work)),
-        equations=code.equations,
+        equations=work.code.equations,
         entries=entries,
+        kept=kept_by_layer(work) if explain else (),
     )
-    return made if card is None else replace(made, fits=fit(made.device_bytes, card))
+    return made if case.card is None else replace(made, fits=fit(made.device_bytes, case.card))
 
 
 def fit(needed: int, card: Gpu) -> Fit:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from galore_mem.ledger import Entry
+from galore_mem.memory.kept import Kept
 from galore_mem.memory.tape import CATEGORIES, Bytes
 
 ESTIMATE_SCHEMA = "galore-mem.estimate/1"
@@ -58,7 +59,8 @@ class Estimate:
     """One method under one implementation (or the paper's counting).
 
     `weights_bytes`, `gradients_bytes` and `optimizer_state_bytes` are exact sums of the tensors, at their fullest;
-    phases are in allocator blocks (on CUDA each tensor is rounded up to 512 bytes).
+    phases are in allocator blocks (on CUDA each tensor is rounded up to 512 bytes). `kept` is what one layer keeps for
+    backward, filled where an explanation was asked for.
     """
 
     method: str
@@ -77,6 +79,7 @@ class Estimate:
     not_counted: tuple[str, ...]
     equations: Mapping[str, str] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
+    kept: tuple[Kept, ...] = ()
     peak_reserved_bytes: int | None = None
 
     @property
@@ -116,6 +119,8 @@ class Estimate:
         }
         if tensors:
             found["tensors"] = [entry_json(e) for e in self.entries]
+        if self.kept:
+            found["kept_by_layer"] = [kept_json(k) for k in self.kept]
         return found
 
 
@@ -132,6 +137,27 @@ def entry_json(entry: Entry) -> dict[str, Any]:
     }
 
 
+def kept_json(kept: Kept) -> dict[str, Any]:
+    return {
+        "operations": list(kept.operations),
+        "shape": list(kept.shape),
+        "dtype": kept.dtype.name,
+        "bytes": kept.nbytes,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A method that cannot handle the model or the setup, and why."""
+
+    method: str
+    implementation: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.method, "implementation": self.implementation, "reason": self.reason}
+
+
 @dataclass(frozen=True, slots=True)
 class EstimateResult:
     """What `estimate` answers for one model and setup, method by method."""
@@ -140,6 +166,7 @@ class EstimateResult:
     model: Mapping[str, Any]
     setup: Mapping[str, Any]
     estimates: tuple[Estimate, ...]
+    unsupported: tuple[Unsupported, ...] = ()
 
     def to_json(self, tensors: bool = False) -> dict[str, Any]:
         return {
@@ -148,4 +175,5 @@ class EstimateResult:
             "model": dict(self.model),
             "setup": dict(self.setup),
             "estimates": [e.to_json(tensors) for e in self.estimates],
+            "unsupported": [u.to_json() for u in self.unsupported],
         }

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_mem.estimate import budget, estimate, given_for, select
+from galore_mem.estimator import Case, budget, estimate, given_for, select
 from galore_mem.families import family
 from galore_mem.memory import phases
 from galore_mem.memory.phases import Work, stepping, training
@@ -97,7 +97,7 @@ def test_components_sum_to_the_peak(method: object, code: object, setup: str) ->
     if chosen.layerwise and not code.layerwise:  # type: ignore[attr-defined]
         chosen = replace(chosen, layerwise=False)
     values = given_for(method, {"rank": 16})  # type: ignore[arg-type]
-    made = budget(small(layers=6), method, code, chosen, None, None, values)  # type: ignore[arg-type]
+    made = budget(Case(small(layers=6), chosen, method, code, None, values))  # type: ignore[arg-type]
     assert made.peak_allocated_bytes == max(p.allocated_bytes for p in made.phases)
     for phase in made.phases:
         assert all(isinstance(n, int) and n >= 0 for n in phase.components)

@@ -96,6 +96,7 @@ def command(
         convention=convention,
         targets=None if target is None else [t.strip() for t in target.split(",") if t.strip()],
         gpu=gpu,
+        explain=explain,
         rank=rank,
         update_proj_gap=update_proj_gap,
     )

@@ -33,8 +33,8 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
 
 def overview(result: EstimateResult) -> Table:
     """One row a method: residents, the peak with its phase, what it is made of, the verdict."""
-    highest = max(e.peak_allocated_bytes for e in result.estimates)
-    baseline = next((e for e in result.estimates if e.method == "adamw" and not e.layerwise), None)
+    highest = max((e.peak_allocated_bytes for e in result.estimates), default=0)
+    baseline = next((e for e in result.estimates if e.method == "adamw"), None)
     judged = any(e.fits for e in result.estimates)
     columns = [
         Column("method"), Column("implementation", drop=4), Column("weights", right=True, drop=2),
@@ -46,7 +46,7 @@ def overview(result: EstimateResult) -> Table:
     rows = []
     for e in result.estimates:
         row = [
-            e.method + (" +layerwise" if e.layerwise else ""), e.implementation, _gib(e.weights_bytes),
+            e.method + ("" if e.layerwise == result.setup["layerwise"] else "*"), e.implementation, _gib(e.weights_bytes),
             _gib(e.gradients_bytes), _gib(e.optimizer_state_bytes), _gib(e.peak_allocated_bytes), e.peak.name,
             _saving(e, baseline), _bar(e.peak.components, highest),
         ]  # fmt: skip
@@ -62,6 +62,7 @@ def _title(result: EstimateResult) -> str:
         f"{m['name']}: {m['parameters']:,} parameters, {m['parameters_projected']:,} projected; "
         f"batch {s['batch_size']} x {s['seq_len']} tokens, {s['recipe']}, {s['attention']} attention"
         + (", checkpointing" if s["gradient_checkpointing"] else "")
+        + (", layer-wise update" if s["layerwise"] else "")
     )
 
 
@@ -75,8 +76,12 @@ def _footer(result: EstimateResult) -> Iterator[str]:
             f"{result.setup['gpu']}: room left (+) or missing (-) for the peak and {outside} of CUDA context; "
             "tight: less than 5 % to spare for fragmentation."
         )
+    if any(e.layerwise != result.setup["layerwise"] for e in result.estimates):
+        other = "has no layer-wise update" if result.setup["layerwise"] else "updates layer by layer, inside backward"
+        yield f"* {other}."
     common = set.intersection(*(set(e.assumptions) for e in result.estimates))
     yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
+    yield from (f"Not supported: {u.method} ({u.implementation}): {u.reason}." for u in result.unsupported)
     clipped = {a for e in result.estimates for a in e.assumptions if "clipped" in a}
     yield from (f"Note: {a}." for a in sorted(clipped - common))
     if any("activations" in n for n in first.not_counted):
@@ -185,6 +190,12 @@ def explanation(e: Estimate) -> Iterator[str]:
         yield f"  {phase.name} = {parts} = {format_bytes(phase.allocated_bytes)}{mark}"
         if phase.per_layer is not None and phase.per_layer[3]:
             yield f"    activations grow by {format_bytes(phase.per_layer[3])} ({phase.per_layer[3]:,} B) a layer"
+    if e.kept:
+        total = sum(k.nbytes for k in e.kept)
+        yield f"  one layer keeps for backward {total:,} B = {format_bytes(total)}:"
+        for k in e.kept:
+            shape = " x ".join(map(str, k.shape)) or "scalar"
+            yield f"    {k.nbytes:>13,} B  {k.dtype} {shape}: {', '.join(k.operations)}"
     yield from (f"  assumed: {a}" for a in e.assumptions)
     yield from (f"  not counted: {n}" for n in e.not_counted)
 

@@ -56,7 +56,7 @@ def _estimate() -> Schema:
         host=FLAG,
     )
     one = _object(
-        ("tensors",),
+        ("tensors", "kept_by_layer"),
         method=TEXT,
         implementation=TEXT,
         convention={"enum": ["implementation", "paper"]},
@@ -75,6 +75,7 @@ def _estimate() -> Schema:
         assumptions=TEXTS,
         not_counted=TEXTS,
         tensors=_list(tensor),
+        kept_by_layer=_list(_object(operations=TEXTS, shape=_list(BYTES), dtype=TEXT, bytes=BYTES)),
     )
     model = _object(
         name=TEXT,
@@ -100,7 +101,15 @@ def _estimate() -> Schema:
         target=_or_null(TEXTS),
         gpu=_or_null(TEXT),
     )
-    return _object(schema={"const": ESTIMATE_SCHEMA}, version=TEXT, model=model, setup=setup, estimates=_list(one))
+    unsupported = _object(method=TEXT, implementation=TEXT, reason=TEXT)
+    return _object(
+        schema={"const": ESTIMATE_SCHEMA},
+        version=TEXT,
+        model=model,
+        setup=setup,
+        estimates=_list(one),
+        unsupported=_list(unsupported),
+    )
 
 
 def _papers() -> Schema:
