@@ -27,10 +27,9 @@ def main() -> None:
         for phase, p, m in zip(("forward", "backward"), predicted(case), measured(case), strict=True):
             errors.append((abs(p - m) / m, p - m, f"{case} {phase}"))
             mode = " checkpointing" if case.checkpointing else ""
-            rows.append(
-                f"| {case.config} | {case.attention}{mode} | {case.batch_size} x {case.seq_len} | {case.recipe} | {phase} "
-                f"| {p:,} | {m:,} | {p - m:+,} |"
-            )
+            size = f"{case.batch_size} x {case.seq_len}"
+            cells = (case.config, case.attention + mode, size, case.recipe, phase, f"{p:,}", f"{m:,}", f"{p - m:+,}")
+            rows.append("| " + " | ".join(cells) + " |")
     print(file=sys.stderr)
     worst = max(errors)
     stack = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
@@ -39,11 +38,12 @@ def main() -> None:
 
 Written by `python benchmarks/twin.py` on {datetime.date.today()}: Python {platform.python_version()}, {stack}, CPU.
 
-Each row is a real model with random weights, one training step after a warm-up. *Measured* is the highest number of bytes
-that torch's CPU allocator had handed out above the weights, every kernel's own buffers included; *predicted* is what
-the twin says with `device="cpu"`. The twin does not follow each scalar, hence differences of a few bytes.
+Each row is a real model with random weights, one training step after a warm-up. *Measured* is the highest number
+of bytes that torch's CPU allocator had handed out above the weights, every kernel's own buffers included; *predicted*
+is what the twin says with `device="cpu"`. The twin does not follow each scalar, hence differences of a few bytes.
 
-{len(rows)} peaks: median error {median(e[0] for e in errors):.6%}, worst {worst[0]:.6%} ({worst[1]:+,} bytes, {worst[2]}).
+{len(rows)} peaks: median error {median(e[0] for e in errors):.6%}, worst {worst[0]:.6%} ({worst[1]:+,} bytes,
+{worst[2]}).
 
 | model | attention | batch | recipe | phase | predicted | measured | difference |
 |---|---|---|---|---|---:|---:|---:|"""

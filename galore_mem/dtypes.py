@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from math import prod
 
 from galore_mem.errors import unknown
-from galore_mem.units import ceil_div
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one object a format, compared by identity
 class DType:
     """A number format: `bits` per stored element; `rank` orders floating formats for promotion (0: not floating)."""
 
@@ -28,7 +27,7 @@ class DType:
 
     def nbytes(self, shape: Iterable[int]) -> int:
         """Bytes of a dense tensor of this shape; packed formats round the total up to whole bytes."""
-        return ceil_div(prod(shape) * self.bits, 8)
+        return -(-prod(shape) * self.bits // 8)
 
     def __str__(self) -> str:
         return self.name

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from galore_mem._version import __version__
-from galore_mem.errors import InputError
+from galore_mem.errors import InputError, unknown
 from galore_mem.families import family
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.ledger import Entry, ledger
 from galore_mem.memory.kept import kept_by_layer
 from galore_mem.memory.phases import Phases, Work, stepping, training
-from galore_mem.methods.base import Implementation, Job, Method
+from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Implementation, Job, Method
 from galore_mem.methods.registry import METHODS, method
 from galore_mem.result import Estimate, EstimateResult, Fit, Phase, Unsupported
 from galore_mem.setup import Setup
@@ -56,7 +56,7 @@ def estimate(
         setup = replace(setup, compute_capability=card.capability)
     chosen = tuple(targets) if targets is not None else None
     asked = tuple(methods or ())
-    check(spec, setup, convention, chosen, hyperparameters)
+    check(spec, setup, asked, convention, chosen, hyperparameters)
     cache: dict[object, Phases] = {}
     answers: list[Estimate] = []
     unsupported: list[Unsupported] = []
@@ -101,6 +101,7 @@ class Case:
 def check(
     spec: ModelSpec,
     setup: Setup,
+    asked: Sequence[str],
     convention: str,
     targets: tuple[str, ...] | None,
     hyperparameters: Mapping[str, int | float | str | None],
@@ -109,14 +110,7 @@ def check(
     if convention not in ("implementation", "paper"):
         raise InputError(f"unknown convention {convention!r}; known: implementation, paper")
     check_targets(spec, targets)
-    known = {h.name for m in METHODS.values() for h in m.hyperparameters}
-    for name, value in hyperparameters.items():
-        if value is None:
-            continue
-        if name not in known:
-            raise InputError(f"unknown hyperparameter {name!r}; known: {', '.join(sorted(known))}")
-        if name in ("rank", "update_proj_gap") and int(value) < 1:
-            raise InputError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+    check_hyperparameters(asked, hyperparameters)
     if setup.attention == "flash":
         check_flash(setup)
     limit = max_positions(spec)
@@ -124,6 +118,25 @@ def check(
         raise InputError(
             f"seq-len {setup.seq_len} is beyond the {limit} positions {spec.name} has learned; give --seq-len {limit}"
         )
+
+
+COMMON = ("rank", "update_proj_gap")  # options of their own, which methods without a projector leave alone
+
+
+def check_hyperparameters(asked: Sequence[str], given: Mapping[str, int | float | str | None]) -> None:
+    """Raises `InputError` for a hyperparameter that none of the methods has, or a value that it cannot have."""
+    found = [method(name) for name in asked] or list(METHODS.values())
+    declared = [h for m in found for h in m.hyperparameters]
+    for name, value in given.items():
+        if value is None:
+            continue
+        meant = [h for h in declared if h.name == name]
+        if not meant and name not in COMMON:
+            known = {h.name for h in declared} | set(COMMON)
+            raise unknown(f"hyperparameter of {', '.join(asked) or 'any method'}", name, known)
+        for h in meant or (RANK, UPDATE_PROJ_GAP):
+            if h.name == name:
+                h.read(value)
 
 
 def check_flash(setup: Setup) -> None:
@@ -184,7 +197,7 @@ def given_for(found: Method, given: Mapping[str, int | float | str | None]) -> d
     values: dict[str, int | float | str] = {}
     for h in found.hyperparameters:
         value = given.get(h.name)
-        values[h.name] = h.default if value is None else value
+        values[h.name] = h.default if value is None else h.read(value)
     return values
 
 
@@ -192,7 +205,7 @@ def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bo
     """The estimate of one case. `cache` shares forward and backward passes between cases of one model and setup."""
     work = case.work()
     entries = tuple(ledger(work.model, work.code, work.job, work.targets))
-    phases = _phases(work, entries, cache if cache is not None else {})
+    phases, kernels = _phases(work, entries, cache if cache is not None else {})
     sums = dict.fromkeys(("weights", "gradients", "optimizer_state"), 0)
     for e in entries:
         sums[e.kind] += e.total
@@ -211,7 +224,7 @@ def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bo
         phases=phases,
         outside_allocator_bytes=(case.card or DEFAULT_CONTEXT).context if work.setup.device == "cuda" else 0,
         fits=None,
-        assumptions=tuple(_assumptions(work, case.card)),
+        assumptions=tuple(_assumptions(work, kernels, case.card)),
         not_counted=tuple(_not_counted(work)),
         equations=work.code.equations,
         entries=entries,
@@ -227,13 +240,17 @@ def fit(needed: int, card: Gpu) -> Fit:
     return Fit(card.name, card.capacity, headroom, verdict)
 
 
-def _phases(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]) -> tuple[Phase, ...]:
-    """Each phase's highest moment: passes of the model, plus the state that lies there meanwhile, plus the step."""
+def _phases(
+    work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]
+) -> tuple[tuple[Phase, ...], frozenset[str]]:
+    """Each phase's highest moment (passes of the model, plus the state that lies there meanwhile, plus the step), and
+    the attention kernels that ran."""
     code, grain = work.code, work.setup.granularity
     if work.setup.layerwise:
         # the hooks hold each parameter's state; only what the optimizer shares is added here
         state = sum(round_up(b.nbytes, grain) for b in code.shared(work.job))
-        peaks = dict(training(work).peaks)
+        passed = training(work)
+        peaks = dict(passed.peaks)
         if code.refreshes:
             peaks["refresh"] = training(work, refresh=True).peaks["refresh"]
     else:
@@ -246,10 +263,10 @@ def _phases(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases])
         made["step"] = stepping(work, refresh=False).plus(passed.retained)
         if code.refreshes:
             made["refresh"] = stepping(work, refresh=True).plus(passed.retained)
-    return tuple(Phase(name, peak.live, peak.per_layer) for name, peak in made.items())
+    return tuple(Phase(name, peak.live, peak.per_layer) for name, peak in made.items()), passed.kernels
 
 
-def _assumptions(work: Work, card: Gpu | None) -> Iterable[str]:
+def _assumptions(work: Work, kernels: frozenset[str], card: Gpu | None) -> Iterable[str]:
     setup, job = work.setup, work.job
     r = setup.recipe
     yield (
@@ -261,8 +278,10 @@ def _assumptions(work: Work, card: Gpu | None) -> Iterable[str]:
         "are zeroed and kept)" if setup.keep_gradients else "are None at the start)"
     )
     if work.forward is not None:
+        ran = f" ({', '.join(sorted(kernels))} kernel)" if kernels else ""
         yield (
-            f"eager PyTorch, transformers {setup.transformers}, attention {setup.attention}, loss {setup.loss}, "
+            f"eager PyTorch {setup.torch}, transformers {setup.transformers}, attention {setup.attention}{ran}, "
+            f"loss {setup.loss}, "
             + ("non-reentrant checkpointing of each layer" if setup.gradient_checkpointing else "no checkpointing")
         )
     if setup.device == "cuda":
@@ -309,6 +328,7 @@ def setup_json(setup: Setup, targets: tuple[str, ...] | None, card: Gpu | None) 
         "keep_logits": setup.keep_logits,
         "gradient_accumulation": setup.gradient_accumulation,
         "transformers": setup.transformers,
+        "torch": setup.torch,
         "device": setup.device,
         "target": None if targets is None else list(targets),
         "gpu": None if card is None else card.name,

@@ -12,6 +12,8 @@ LOSSES = ("eager", "fused", "chunked")
 DEVICES = ("cuda", "cpu")
 # Versions of transformers whose modelling code the families follow; the newest is the default.
 TRANSFORMERS = ("4.57", "5.23")
+# Versions of torch that differ in which attention kernel runs; the one the tests run with is the default.
+TORCH = ("2.13", "2.14")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Setup:
     keep_logits: bool = False
     gradient_accumulation: int = 1
     transformers: str = TRANSFORMERS[-1]
+    torch: str = TORCH[0]
     device: str = "cuda"
     compute_capability: tuple[int, int] | None = None
 
@@ -93,6 +96,7 @@ class Setup:
             ("loss", self.loss, LOSSES),
             ("device", self.device, DEVICES),
             ("transformers version", self.transformers, TRANSFORMERS),
+            ("torch version", self.torch, TORCH),
         ):
             if given not in allowed:
                 raise unknown(name, given, allowed)

@@ -310,8 +310,8 @@ ATTENTION = [
     Case(
         "sdpa of contiguous heads",
         ((B, H, S, K),) * 3,
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        lambda q, k, v: sdpa(q, k, v, None, "cpu"),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous(),
+        lambda q, k, v: ops.contiguous(ops.transpose(sdpa(q, k, v, None, "cpu"), 1, 2)),
         scratch=TILES,
     ),
     *(

@@ -11,7 +11,8 @@ import pytest
 import torch
 from ledgers import job, measured, predicted
 from low_rank import ALL, FORMATS, HEADS, ORDERS, TALL, WIDE, Build, Param, program_peak, run, step_peak
-from plain_low_rank import PLAIN, RANK, Plain
+from plain_galore_mini import OURS
+from plain_low_rank import RANK, Plain
 
 from galore_mem.methods.base import Implementation, Job
 from galore_mem.methods.registry import method
@@ -47,7 +48,13 @@ class Peer:
     def build(self, regular: list[Any], projected: list[Any], named: list[Any]) -> Any:
         module, _, name = self.path.rpartition(".")
         pytest.importorskip(module.partition(".")[0])
-        made = {"rank": RANK, "update_proj_gap": GAP + self.first, "scale": 0.25, "proj_type": "std", **dict(self.group)}
+        made = {
+            "rank": RANK,
+            "update_proj_gap": GAP + self.first,
+            "scale": 0.25,
+            "proj_type": "std",
+            **dict(self.group),
+        }
         groups = [{"params": regular}] if regular else []
         groups += [{"params": projected, **made}] if projected else []
         return getattr(import_module(module), name)(
@@ -118,9 +125,7 @@ def test_state_is_the_ledger(peer: Peer, fmt: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("peer", PEERS, ids=str)
-def test_step_needs_what_the_program_says(
-    peer: Peer, fmt: str, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_needs_what_the_program_says(peer: Peer, fmt: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte: what one parameter leaves behind for the next, and the SVD's temporaries, included."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     params = suits(peer, ORDERS[order])
@@ -135,7 +140,7 @@ CUBE = (Param((64, 48, 96)),)
 
 
 def plain(name: str) -> Build:
-    return lambda regular, projected, named: Plain(named, PLAIN[name])
+    return lambda regular, projected, named: Plain(named, OURS[name])
 
 
 def our_orders(name: str) -> dict[str, tuple[Param, ...]]:
@@ -144,7 +149,7 @@ def our_orders(name: str) -> dict[str, tuple[Param, ...]]:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", OURS)
 def test_our_state_is_the_ledger(name: str, fmt: str) -> None:
     code, how = method(name).implementation("galore-mem"), job(name, {"rank": RANK}, "cpu", HEADS)
     for params in our_orders(name).values():
@@ -155,7 +160,7 @@ def test_our_state_is_the_ledger(name: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", OURS)
 def test_our_step_needs_what_the_program_says(name: str, fmt: str) -> None:
     code, how = method(name).implementation("galore-mem"), job(name, {"rank": RANK}, "cpu", HEADS)
     for label, params in our_orders(name).items():

@@ -1,4 +1,4 @@
-"""Projected methods by arithmetic alone: what papers print, what was measured of the packages, and what holds for all."""
+"""Projected methods by arithmetic alone: what papers print, what was measured of packages, what holds for all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 from ledgers import job
-from low_rank import ALL, HEADS, TALL, WIDE, Param, laid_out, program_peak
+from low_rank import HEADS, TALL, WIDE, Param, program_peak
 
 from galore_mem.errors import InputError
-from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, TEMPORARIES, WEIGHTS, Shape
-from galore_mem.methods.base import Buffer, Implementation, Job, Slots
-from galore_mem.methods.registry import METHODS, method
+from galore_mem.memory.tape import Shape
+from galore_mem.methods.base import Implementation, Job
+from galore_mem.methods.registry import METHODS
 
 M, N, R = 256, 688, 64
 LOW = N * R  # elements of a moment: 44,032
@@ -62,7 +62,7 @@ PAPERS: dict[str, Callable[[int, int, int, int], tuple[int, int]]] = {
     "galore-2": lambda m, n, r, e: (e * (m * r + 2 * n * r), e * 2 * m * n),
     "tensor-galore": lambda m, n, r, e: (e * (m * r + 2 * n * r), e * 2 * m * n),
     "galore-8bit": lambda m, n, r, e: (m * r + 2 * n * r, 2 * m * n),
-    "q-galore": lambda m, n, r, e: (m * r // 2 + 2 * n * r, 2 * m * n),
+    "q-galore": lambda m, n, r, e: ((m * r + 1) // 2 + 2 * n * r, 2 * m * n),
     "galore-adafactor": lambda m, n, r, e: (e * (m * r + n + r), e * (m + n)),
     "galore-mini": lambda m, n, r, e: (e * (m * r + n * r), e * m * n),
     "galore-mini-1": lambda m, n, r, e: (e * (m * r + n * r), e * m * n),
@@ -81,18 +81,11 @@ def test_papers_count(name: str, shape: Shape, rank: int) -> None:
     """The rank is never above the shorter side; the larger side is n, whichever way the matrix lies."""
     m, n = sorted(shape)
     code, r = METHODS[name].paper, min(rank, m)
-    if name == "q-galore" and m * r % 2:
-        pytest.skip("half a byte: see test_odd_projectors_round_up")
     for fmt, size in (("float32", 4), ("bfloat16", 2)):
         expected = PAPERS[name](m, n, r, size)
         how = told(name, rank)
         assert state_bytes(code, Param(shape), how, fmt) == expected[0]
         assert state_bytes(code, Param(shape, projected=False), how, fmt) == expected[1]
-
-
-def test_odd_projectors_round_up() -> None:
-    """3 x 1 values of four bits take 2 bytes; the moments 2 · 1000."""
-    assert state_bytes(METHODS["q-galore"].paper, Param((1000, 3)), told("q-galore", 1)) == 2 + 2000
 
 
 # -- what was measured of the packages, at 256 x 688 and 688 x 256 with r = 64 ---------------------
@@ -159,6 +152,36 @@ def test_measured_peaks(key: tuple[str, str], shape: Shape) -> None:
         assert real is None or 0 <= real - peak <= 24
 
 
+def test_8bit_galore_torch_on_a_gpu() -> None:
+    """The low-rank gradient, the weight's clone and the low-rank stand-in: 2·L + F. Then the clone is the weight and
+    the low-rank gradient has taken the full one's place, so that both products come to 2·L + 2·F - F."""
+    how = Job(told("galore-8bit").hyperparameters, told("galore-8bit").recipe, "cuda")
+    code = METHODS["galore-8bit"].implementation("galore-torch")
+    for fmt, size in (("float32", 4), ("bfloat16", 2)):
+        assert program_peak(code, (Param(WIDE),), fmt, how, False) == size * (2 * LOW + FULL)
+
+
+def test_q_galore_torch_on_a_gpu() -> None:
+    """`float_weight`, the weight and `saved_data`; five tensors and four values per group of 256 that live through the
+    rounding; the chosen values, those plus zeros, those clamped: eleven. The codes' storage is gone meanwhile, and the
+    low-rank gradient has taken the full one's place."""
+    how = Job(told("q-galore").hyperparameters, told("q-galore").recipe, "cuda")
+    code = METHODS["q-galore"].implementation("q-galore-torch")
+    for fmt, size in (("float32", 4), ("bfloat16", 2)):
+        expected = size * (11 * FULL + 4 * FULL // 256 - FULL + LOW) - FULL
+        assert program_peak(code, (Param(WIDE),), fmt, how, False) == expected
+
+
+def test_tucker_ranks() -> None:
+    """64 x 48 x 3 at rank 16: ours clips the last mode to 3; tensorly pads it to 6."""
+    given, how = Param((64, 48, 3)), told("tensor-galore", 16)
+    for name, last in (("galore-mem", 3), ("neuraloperator", 6)):
+        code = METHODS["tensor-galore"].implementation(name)
+        core = (16, 16, last)
+        assert [b.shape for b in code.state(given.trained(), how)] == [(64, 16), (48, 16), (3, last), core, core]
+    assert state_bytes(METHODS["tensor-galore"].paper, given, how) == 4 * (64 * 16 + 48 * 16 + 9 + 2 * 768)
+
+
 def test_logical_and_pinned_bytes() -> None:
     """The view's own elements are 256·64; its storage is 256·256."""
     projector = METHODS["galore"].implementation("galore-torch").state(Param(WIDE).trained(), told("galore"))[0]
@@ -184,65 +207,3 @@ def test_sides() -> None:
         if any(h.name == "proj_type" for h in METHODS[name].hyperparameters):
             with pytest.raises(InputError, match="one side"):
                 METHODS[name].implementations[0].state(Param(WIDE).trained(), told(name, proj_type="full"))
-
-
-# -- what holds for all ----------------------------------------------------------------------------
-
-
-def buffers(of: Implementation, given: Param, how: Job) -> tuple[Buffer, ...]:
-    return of.state(given.trained("bfloat16"), how)
-
-
-# their random projectors, paddings and conditions take the rank as it is given
-UNCLIPPED = {("apollo", "apollo-torch"), ("apollo-mini", "apollo-torch"), ("tensor-galore", "neuraloperator"),
-             ("flora", "flora-opt")}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", [key for key in CODES if key not in UNCLIPPED], ids="-".join)
-def test_rank_is_clipped(key: tuple[str, str]) -> None:
-    code = METHODS[key[0]].implementation(key[1])
-    for shape in (WIDE, TALL, (64, 64), (1000, 3)):
-        above, at = told(key[0], 10**6), told(key[0], min(shape))
-        assert buffers(code, Param(shape), above) == buffers(code, Param(shape), at)
-
-
-@pytest.mark.parametrize("key", CODES, ids="-".join)
-def test_vectors_in_the_targets_are_not_projected(key: tuple[str, str]) -> None:
-    code, how = METHODS[key[0]].implementation(key[1]), told(key[0])
-    assert buffers(code, Param((512,)), how) == buffers(code, Param((512,), projected=False), how)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("refresh", [False, True], ids=["step", "refresh"])
-@pytest.mark.parametrize("key", CODES, ids="-".join)
-def test_a_step_leaves_the_state_as_the_ledger_has_it(key: tuple[str, str], refresh: bool, device: str) -> None:
-    """Nothing temporary is left, no weight is lost, each buffer is there once and has its size; where the code replaces
-    gradients by low-rank ones, or takes them, fewer bytes of them remain."""
-    code = METHODS[key[0]].implementation(key[1])
-    how = Job(told(key[0]).hyperparameters, told(key[0]).recipe, device, HEADS)
-    tape, slots = laid_out(code, ALL, "float32", how)
-    before = list(tape.live)
-    code.step(Slots(tape, slots, None), how, refresh)
-    after = list(tape.live)
-    assert after[TEMPORARIES] == 0
-    assert after[WEIGHTS] == before[WEIGHTS]
-    assert after[GRADIENTS] <= before[GRADIENTS]
-    assert after[OPTIMIZER_STATE] == before[OPTIMIZER_STATE]
-    for slot in slots:
-        for b in code.state(slot.param, how):
-            if b.nbytes > 8:
-                assert slot.state[b.name].storage.nbytes == b.nbytes, (slot.param.name, b.name)
-
-
-def test_ours_need_the_least() -> None:
-    """The step of ours is at most the low-rank gradient, its update and one full-size product."""
-    for fmt, size in (("float32", 4), ("bfloat16", 2)):
-        for name in ("galore", "galore-2", "galore-mini", "galore-mini-1", "galore-mini-2", "tensor-galore"):
-            code = METHODS[name].implementation("galore-mem")
-            for shape in (WIDE, TALL):
-                assert program_peak(code, (Param(shape),), fmt, told(name), False) <= size * (2 * LOW + FULL)
-
-
-def test_variants_are_methods() -> None:
-    for name in METHODS["galore-mini"].variants:
-        assert method(name).title.startswith("GaLore-mini (approach")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import plain_low_rank as plain
+import plain_q_galore as plain
 import pytest
 import torch
 from ledgers import job, measured, predicted
 from low_rank import FORMATS, TALL, WIDE, Param, peak_of, program_peak
-from plain_low_rank import RANK, quantize
+from plain_low_rank import RANK
+from plain_q_galore import quantize
 
 from galore_mem.dtypes import BFLOAT16, FLOAT32, UINT8
 from galore_mem.memory.tape import Shape

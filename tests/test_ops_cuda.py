@@ -96,10 +96,17 @@ def rows(out: torch.Tensor) -> torch.Tensor:
 
 def fused(kernel: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = sdpa(*(ops.transpose(t, 1, 2) for t in (q, k, v)), mask, kernel)
-        return ops.contiguous(ops.transpose(out, 1, 2))
+        return rows_twin(sdpa(*heads_twin(q, k, v), mask, kernel))
 
     return run
+
+
+def heads_twin(*inputs: Tensor) -> list[Tensor]:
+    return [ops.transpose(t, 1, 2) for t in inputs]
+
+
+def rows_twin(out: Tensor) -> Tensor:
+    return ops.contiguous(ops.transpose(out, 1, 2))
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -129,21 +136,22 @@ CASES = [
     Case("layer_norm", (ROW, (D,), (D,)), lambda x, w, b: F.layer_norm(x, (D,), w, b), ops.layer_norm),
     Case("flash", (HEADS,) * 3, lambda *t: rows(flash(*map(heads, t))), fused("flash")),
     Case("flash, grouped", (HEADS, *((B, S, 2, K),) * 2), lambda *t: rows(flash(*map(heads, t))), fused("flash")),
-    Case("flash of contiguous heads", ((B, H, S, K),) * 3, flash, lambda q, k, v: sdpa(q, k, v, None, "flash")),
+    Case(
+        "flash of contiguous heads",
+        ((B, H, S, K),) * 3,
+        lambda *t: rows(flash(*t)),
+        lambda *t: rows_twin(sdpa(*t, None, "flash")),
+    ),
     Case("flash, padded", ((B, S, H, 20),) * 3, padded, lambda *t: sdpa(*heads_twin(*t), None, "flash")),
     Case("efficient", (HEADS,) * 3, lambda *t: rows(efficient(*t)), fused("efficient")),
     Case(
         "efficient of contiguous heads",
         ((B, H, S, K),) * 3,
-        lambda *t: aten._scaled_dot_product_efficient_attention(*t, None, True)[0],
-        lambda q, k, v: sdpa(q, k, v, None, "efficient"),
+        lambda *t: rows(aten._scaled_dot_product_efficient_attention(*t, None, True)[0]),
+        lambda *t: rows_twin(sdpa(*t, None, "efficient")),
     ),
     Case("efficient with a mask", (*(HEADS,) * 3, Frozen((B, 1, S, S))), padded_mask, fused("efficient")),
 ]
-
-
-def heads_twin(*inputs: Tensor) -> list[Tensor]:
-    return [ops.transpose(t, 1, 2) for t in inputs]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from galore_mem.cli.output import check_format, dump_json, write
+from galore_mem.errors import InputError
 
 Model = Annotated[
     str,
@@ -18,6 +19,19 @@ Model = Annotated[
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="Method; repeat for several. Default: all.", show_default=False)
 ]
+
+
+def assignments(texts: list[str], **given: int | None) -> dict[str, Any]:
+    """`name=value` texts as keywords, beside those that have options of their own. Raises `InputError`."""
+    found: dict[str, Any] = dict(given)
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--set takes name=value, got {text[:40]!r}")
+        if found.get(name) is not None:
+            raise InputError(f"{name} is given twice")
+        found[name] = value
+    return found
 
 
 def command(
@@ -47,6 +61,10 @@ def command(
     layerwise: Annotated[bool, typer.Option(help="Step and free each gradient in the backward hook.")] = False,
     loss: Annotated[str, typer.Option(help="eager, chunked or fused cross-entropy.")] = "eager",
     update_proj_gap: Annotated[int | None, typer.Option(help="Steps between projector refreshes.")] = None,
+    hyperparameter: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another hyperparameter, as name=value; repeat for several (proj_type=left)."),
+    ] = None,
     gradient_accumulation: Annotated[int, typer.Option(help="Backward passes per step.")] = 1,
     keep_gradients: Annotated[
         bool, typer.Option("--keep-gradients/--free-gradients", help="Between steps: zeroed, or set to None.")
@@ -56,6 +74,7 @@ def command(
         typer.Option("--keep-logits/--free-logits", help="Does the loop hold the model's output through backward?"),
     ] = False,
     transformers: Annotated[str, typer.Option(help="Whose behaviour is modelled: 4.57 or 5.23.")] = "5.23",
+    torch: Annotated[str, typer.Option(help="Whose behaviour is modelled: 2.13 or 2.14.")] = "2.13",
     device: Annotated[str, typer.Option(help="cuda or cpu: allocator rounding, kernels, workspaces.")] = "cuda",
     gpu: Annotated[str | None, typer.Option(help="Card (rtx-4090) or capacity (24GiB) to judge against.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print the equations with the numbers put in.")] = False,
@@ -86,6 +105,7 @@ def command(
         keep_logits=keep_logits,
         gradient_accumulation=gradient_accumulation,
         transformers=transformers,
+        torch=torch,
         device=device,
     )
     result = estimate(
@@ -97,8 +117,7 @@ def command(
         targets=None if target is None else [t.strip() for t in target.split(",") if t.strip()],
         gpu=gpu,
         explain=explain,
-        rank=rank,
-        update_proj_gap=update_proj_gap,
+        **assignments(hyperparameter or [], rank=rank, update_proj_gap=update_proj_gap),
     )
     if format == "json":
         write(dump_json(result.to_json(tensors)), output)

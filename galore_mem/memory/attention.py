@@ -20,22 +20,28 @@ HALF = (FLOAT16, BFLOAT16)
 
 
 def sdpa_kernel(
-    q: Tensor, mask: Tensor | None, capability: tuple[int, int] | None, k: Tensor | None = None, dropout: float = 0.0
+    q: Tensor,
+    mask: Tensor | None,
+    capability: tuple[int, int] | None,
+    k: Tensor | None = None,
+    dropout: float = 0.0,
+    *,
+    efficient_groups: bool = False,
 ) -> str:
     """Which kernel `F.scaled_dot_product_attention` takes: `flash`, `efficient`, `math` or `cpu` (cuda/sdp_utils.cpp
     and sdp_utils_cpp.cpp).
 
     Flash needs a 16-bit format, no mask, a head of at most 256 and compute capability 8.0 (without a stated one, a
-    card of that age is assumed); efficient needs as many key heads as query heads (torch 2.14 lifts that), rows of
-    16 bytes, and 8.0 for bfloat16. On 9.0 and 10.x a torch built with cuDNN 9.15.1 prefers cuDNN's kernel, which
-    saves what flash does; the size of its workspace is not public, and flash is modelled in its place.
+    card of that age is assumed); efficient needs as many key heads as query heads (unless `efficient_groups`: torch
+    2.14 lifts that), rows of 16 bytes, and 8.0 for bfloat16. On 9.0 and 10.x a torch built with cuDNN 9.15.1 prefers
+    cuDNN's kernel, which saves what flash does; the size of its workspace is not public, and flash stands for it.
     """
     if q.tape.device == "cpu":
         return "math" if dropout else "cpu"
     ampere = capability is None or capability >= (8, 0)
     if ampere and mask is None and q.dtype in HALF and q.shape[-1] <= 256:
         return "flash"
-    grouped = k is not None and k.shape[1] != q.shape[1]
+    grouped = k is not None and k.shape[1] != q.shape[1] and not efficient_groups
     aligned = q.dtype.nbytes((q.shape[-1],)) % 16 == 0
     return "efficient" if aligned and not grouped and (ampere or q.dtype is not BFLOAT16) else "math"
 
@@ -52,8 +58,9 @@ def sdpa(
     """Attention without materialised scores, unless the kernel is `math`. Saves query, key, value, mask, the output
     and a log-sum-exp per row. Fewer key and value heads than query heads mean `enable_gqa`."""
     mask, v, k, q = autocast(mask), autocast(v), autocast(k), autocast(q)
-    if kernel is None or (kernel == "efficient" and k.shape[1] != q.shape[1]) or (kernel == "cpu" and dropout):
+    if kernel is None:
         kernel = sdpa_kernel(q, mask, None, k, dropout)
+    q.tape.kernels.add(kernel)
     if mask is not None and mask.dtype is BOOL:
         # made additive anew in each call, where it was expanded at its full size (attention.cpp,
         # convert_boolean_attn_mask)

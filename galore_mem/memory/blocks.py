@@ -13,6 +13,7 @@ from galore_mem.dtypes import BOOL, FLOAT32, INT64
 from galore_mem.errors import unknown
 from galore_mem.memory import ops
 from galore_mem.memory.attention import sdpa, sdpa_kernel
+from galore_mem.memory.autocast import autocast
 from galore_mem.memory.checkpoint import checkpoint
 from galore_mem.memory.losses import fused_linear_cross_entropy
 from galore_mem.memory.network import Network
@@ -30,6 +31,16 @@ class Stack:
 
     causal_mask_with_sdpa: bool
 
+
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """What a version of torch does differently. `efficient_groups`: memory-efficient attention takes fewer key heads
+    than query heads; before, such a call falls back to the composite form with its materialised scores."""
+
+    efficient_groups: bool
+
+
+TORCH = {"2.13": Torch(efficient_groups=False), "2.14": Torch(efficient_groups=True)}
 
 STACKS = {"4.57": Stack(causal_mask_with_sdpa=True), "5.23": Stack(causal_mask_with_sdpa=False)}
 
@@ -142,7 +153,9 @@ def attention(
     if net.setup.attention == "flash":
         kernel = "flash"
     else:
-        kernel = sdpa_kernel(query, mask, net.setup.compute_capability)
+        groups_too = TORCH[net.setup.torch].efficient_groups
+        capability = net.setup.compute_capability
+        kernel = sdpa_kernel(autocast(query), mask, capability, key, dropout, efficient_groups=groups_too)
     out = sdpa(query, key, value, mask, kernel, dropout, causal=causal and mask is None)
     return ops.contiguous(ops.transpose(out, 1, 2)), None
 

@@ -29,7 +29,7 @@ _FIRST = 2**62  # gradient accumulation comes before any other ready node
 
 
 class Parameter:
-    """A leaf that the model owns: its weight, its gradient, and the node that accumulates into it.
+    """A leaf that the model owns: its weight and its gradient. The graph knows it weakly: keep it while it is needed.
 
     `hook`, when set, runs after each accumulation (a post-accumulate-grad hook: the layer-wise update).
     """
@@ -110,9 +110,8 @@ def run_backward(tape: Tape, loss: Tensor, on_node: Callable[[Node], None] | Non
 
 def _run(tape: Tape, node: Node, incoming: Incoming, waiting: dict[Node, int]) -> list[Node]:
     """Runs one node, hands its results on, and says which nodes became ready (engine.cpp, evaluate_function)."""
-    parameter = tape.leaves.get(node)
-    if parameter is not None:
-        parameter.accumulate(incoming.pop(node))
+    if node.sequence == _FIRST:
+        tape.leaves[node].accumulate(incoming.pop(node))
         return []
     results = _apply(tape, node, incoming.pop(node))
     for saved in node.saved:
@@ -139,12 +138,15 @@ def _run(tape: Tape, node: Node, incoming: Incoming, waiting: dict[Node, int]) -
 def _apply(tape: Tape, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
     """The node's results, fitted to its inputs; afterwards nothing here holds the incoming gradients."""
     results: list[Tensor | None] = []
-    if any(grad is not None for grad in grads):
+    if grads[0] is not None or any(grad is not None for grad in grads):
         results += node.backward([t for held in node.saved for t in held.unpack()], grads)
     results += [None] * (len(node.edges) - len(results))
     for i, edge in enumerate(node.edges):
         if edge is not None:
-            _fit(tape, results, i, edge[2], edge[3])
+            grad = results[i]
+            if grad is not None and (grad.shape != edge[2] or grad.dtype is not edge[3]):
+                del grad
+                _fit(tape, results, i, edge[2], edge[3])
     return results
 
 
@@ -152,8 +154,7 @@ def _fit(tape: Tape, results: list[Tensor | None], i: int, shape: Shape, dtype: 
     """Sums a gradient over dimensions that were broadcast, then casts it to the input's format (engine.cpp,
     validate_outputs). A leading dimension of size 1 is summed too, into a new tensor (ExpandUtils.h, _sum_to)."""
     grad = results[i]
-    if grad is None:
-        return
+    assert grad is not None
     if grad.shape != shape:
         leading = len(grad.shape) > len(shape)
         results[i] = grad = tape.empty(shape, grad.dtype)
@@ -165,13 +166,13 @@ def _fit(tape: Tape, results: list[Tensor | None], i: int, shape: Shape, dtype: 
 
 def _add(tape: Tape, slots: list[Tensor | None], index: int, grad: Tensor | None) -> None:
     """A second gradient for one value is added to the first in place, unless the first or its storage has
-    another owner, or gaps; then the sum is a new tensor (input_buffer.cpp, can_accumulate_inplace). Either
-    way the second one lives until the node that made it has handed on all its results."""
+    another owner, as a view always has; then the sum is a new tensor (input_buffer.cpp, can_accumulate_inplace).
+    Either way the second one lives until the node that made it has handed on all its results."""
     sole = _owners(slots, index) == _SOLE_OWNER
     held = slots[index]
     if held is None or grad is None:
         return
-    if not sole or held.is_view or not is_dense(*held.layout):
+    if not sole or held.is_view:
         slots[index] = tape.empty(held.shape, held.dtype, strides=result_strides(held.shape, held.layout, grad.layout))
 
 

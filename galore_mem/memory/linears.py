@@ -1,30 +1,32 @@
 """How the forward pass of a projected linear layer runs, by the way its weight is stored.
 
-Each function receives the input, the tensors of `Implementation.store` in their order, and the bias.
+Each function receives the input, the tensors of `Implementation.store` in their order, the bias, the number of output
+features, and the format that the recipe computes in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from galore_mem.dtypes import DType
 from galore_mem.memory.ops import add, clone, linear, reshape, scale, to, view
 from galore_mem.memory.tape import Grads, Tensor
 
-LinearForward = Callable[[Tensor, Sequence[Tensor], Tensor | None, int], Tensor]
+LinearForward = Callable[[Tensor, Sequence[Tensor], Tensor | None, int, DType], Tensor]
 
 
-def dense(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int) -> Tensor:
+def dense(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
     """nn.Linear (and GPT-2's Conv1D)."""
     return linear(x, weights[0], bias, out_features=width)
 
 
-def low_rank(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int) -> Tensor:
+def low_rank(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
     """W = BA with A (r x in) and B (out x r), never multiplied out."""
     a, b = weights
     return linear(linear(x, a), b, bias)
 
 
-def lora(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int) -> Tensor:
+def lora(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
     """peft 0.21, tuners/lora/layer.py, Linear.forward: the input is cast to the adapter's format (a float32 copy that
     is saved where the base is 16-bit), and the sum is made in the wider format before it is cast back."""
     base, a, b = weights
@@ -35,43 +37,48 @@ def lora(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int) 
     return to(result, result_dtype)
 
 
-def nf4(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int) -> Tensor:
-    """bitsandbytes Linear4bit under peft (tuners/lora/bnb.py, Linear4bit.forward).
+def nf4(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
+    """bitsandbytes Linear4bit (nn/modules.py), alone or, where adapters follow the codes, under peft
+    (tuners/lora/bnb.py, Linear4bit.forward).
 
-    The matrix is dequantized for the product and again for the gradient of the input; neither copy is kept. The
-    base's result is cloned; the adapter's branch is cast to the adapter's format unless autocast is on.
+    The input is cast to the compute format and the result back. The matrix is dequantized for the product and again for
+    the gradient of the input; neither copy is kept. With adapters the base's result is cloned, and their branch is cast
+    to their format unless autocast is on.
     """
-    packed, *_, a, b = weights
-    tape = x.tape
-    compute = tape.autocast or x.dtype
-    base_in = to(x, compute)
-    rows = reshape(base_in, -1, base_in.shape[-1])
-    matrix = (width, rows.shape[-1])
-    shape_x = rows.shape
-
-    def backward(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Grads:
-        grad = grads[0]
-        assert grad is not None
-        weight = tape.empty(matrix, grad.dtype)
-        grad_x = tape.empty(shape_x, grad.dtype)
-        del weight
-        return (grad_x,)
-
-    node = tape.node("MatMul4BitBackward", (rows,), (packed,), backward)
-    weight = tape.empty(matrix, compute)
-    out = tape.empty((rows.shape[0], width), compute)
-    del weight, rows, base_in
-    tape.bind(node, out)
-    result = clone(to(view(out, *x.shape[:-1], width), x.dtype))
-    del out
+    if not weights[-1].requires_grad:
+        return _nf4_base(x, weights[0], width, compute)
+    a, b = weights[-2:]
+    result = clone(_nf4_base(x, weights[0], width, compute))
     result_dtype = result.dtype
-    if tape.autocast is None:
+    if x.tape.autocast is None:
         x = to(x, a.dtype)
     branch = scale(linear(linear(x, a), b))
     return add(result, to(branch, result_dtype))
 
 
-def int8(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int) -> Tensor:
+def _nf4_base(x: Tensor, codes: Tensor, width: int, compute: DType) -> Tensor:
+    tape, in_dtype, leading = x.tape, x.dtype, x.shape[:-1]
+    x = to(x, compute)
+    rows = reshape(x, -1, x.shape[-1])
+    matrix, shape_x = (width, rows.shape[-1]), rows.shape
+
+    def backward(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Grads:
+        grad = grads[0]
+        assert grad is not None
+        weight = grad.tape.empty(matrix, grad.dtype)
+        grad_x = grad.tape.empty(shape_x, grad.dtype)
+        del weight
+        return (grad_x,)
+
+    node = tape.node("MatMul4BitBackward", (rows,), (codes,), backward)
+    weight = tape.empty(matrix, compute)
+    out = tape.empty((rows.shape[0], width), compute)
+    del weight
+    tape.bind(node, out)
+    return to(view(out, *leading, width), in_dtype)
+
+
+def int8(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
     """Q-GaLore's linear (utils/quantization.py, W8Linear): the float matrix exists only during the product, in the
     forward pass and again in the backward pass; the gradient of the matrix is a full one."""
     weight = weights[0]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from galore_mem.dtypes import INT64, DType
+from galore_mem.dtypes import INT64, NF4, DType
 from galore_mem.memory.checkpoint import checkpoint
 from galore_mem.memory.linears import LINEARS
 from galore_mem.memory.tape import ACTIVATIONS, WEIGHTS, Parameter, Shape, Tape, Tensor
-from galore_mem.methods.base import Implementation, Job, Slot, Stored, Trained
+from galore_mem.methods.base import Buffer, Implementation, Job, Slot, Stored, Trained
 from galore_mem.setup import Setup
 from galore_mem.spec.model import Block, ModelSpec, ParamSpec, is_target
 
@@ -34,18 +35,28 @@ def scaled_blocks(model: ModelSpec, layers: int) -> Iterator[tuple[Block, int, i
             yield block, block.repeat, position
 
 
-def rows_at(model: ModelSpec, layers: int) -> Iterator[tuple[ParamSpec, int | str]]:
-    """Every parameter row of the model with `layers` layers, and the layer (or `BEFORE`/`AFTER`) it belongs to."""
-    for block, repeat, position in scaled_blocks(model, layers):
-        for i in range(repeat):
-            number = str(block.start + i)
-            for row in block.rows:
-                named = ParamSpec(row.name.replace("{i}", number), row.shape, row.role, row.module)
-                yield named, (i if position == -1 else position)
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A template row with the tensors it is stored as, each with what the optimizer sees of it (None: frozen)."""
+
+    spec: ParamSpec
+    kind: str  # how a linear layer with this weight runs: a key of LINEARS
+    tensors: tuple[tuple[Stored, Trained | None], ...]
+
+    @classmethod
+    def of(cls, row: ParamSpec, projected: bool, code: Implementation, job: Job) -> Prepared:
+        tensors = [
+            (stored, None if stored.grad is None else trained_as(row, stored, projected, job))
+            for stored in code.store(row, projected, job)
+        ]
+        quantized = any(stored.dtype is NF4 for stored, _ in tensors)  # with or without adapters
+        kind = "nf4" if quantized else code.linear if projected else "dense"
+        return cls(row, kind, tuple(tensors))
 
 
 class Network:
-    """Parameters on a tape. `trained` lists what the optimizer will see, in its order."""
+    """Parameters on a tape. `trained` lists what the optimizer will see, in its order; layers share an entry's
+    `Trained`, whose name has `{i}` for the layer's number."""
 
     def __init__(
         self,
@@ -64,32 +75,34 @@ class Network:
         self.config: Any = model.config
         self.head_dim = model.heads.head_dim if model.heads else 0
         self.trained: list[tuple[Trained, Parameter, int | str]] = []
-        self._linear = implementation.linear
         self._stored: dict[str, list[Parameter]] = {}
         self._width: dict[str, int] = {}
-        self._projected: set[str] = set()
+        self._kind: dict[str, str] = {}
         self._boundaries: list[int] = []
         self._segments: list[int | str] = []
-        for row, layer in rows_at(model, layers):
-            self._add(row, layer, is_target(row, targets), implementation, job)
+        for block, repeat, position in scaled_blocks(model, layers):
+            prepared = [Prepared.of(row, is_target(row, targets), implementation, job) for row in block.rows]
+            for i in range(repeat):
+                for row in prepared:
+                    self._add(row, str(block.start + i), i if position == -1 else position)
 
-    def _add(self, row: ParamSpec, layer: int | str, projected: bool, code: Implementation, job: Job) -> None:
-        if projected:
-            self._projected.add(row.name)
-        if row.is_matrix_of_linear:
-            self._width[row.name] = row.shape[1] if row.module == "conv1d" else row.shape[0]
-        for stored in code.store(row, projected, job):
-            parameter = self._place(row, stored)
-            self._stored.setdefault(row.name, []).append(parameter)
-            if stored.grad is not None:
-                trained = trained_as(row, stored, projected, job)
+    def _add(self, row: Prepared, number: str, layer: int | str) -> None:
+        name = row.spec.name.replace("{i}", number)
+        self._kind[name] = row.kind
+        if row.spec.is_matrix_of_linear:
+            self._width[name] = row.spec.shape[1] if row.spec.module == "conv1d" else row.spec.shape[0]
+        found = self._stored[name] = []
+        for stored, trained in row.tensors:
+            parameter = self._place(name, stored)
+            found.append(parameter)
+            if trained is not None:
                 self.trained.append((trained, parameter, layer))
 
-    def _place(self, row: ParamSpec, stored: Stored) -> Parameter:
+    def _place(self, name: str, stored: Stored) -> Parameter:
         storage = self.tape.bytes(stored.dtype.nbytes(stored.shape), WEIGHTS)
         # operations see a quantized weight in the format of its gradient; its storage has the real size
         weight = Tensor(storage, stored.shape, stored.grad or stored.dtype, requires_grad=stored.grad is not None)
-        return Parameter(row.name + stored.suffix, weight)
+        return Parameter(name + stored.suffix, weight)
 
     # -- what families call --------------------------------------------------------------------------
 
@@ -107,10 +120,14 @@ class Network:
         added = self.weight(bias_name) if bias_name in self._stored else None
         if name not in self._stored:
             weight = self.weight(self.tied_embedding)
-            return LINEARS["dense"](x, [weight], added, weight.shape[0])
-        kind = self._linear if name in self._projected else "dense"
+            return LINEARS["dense"](x, [weight], added, weight.shape[0], weight.dtype)
         weights = [p.tensor() for p in self._stored[name]]
-        return LINEARS[kind](x, weights, added, self._width[name])
+        compute = self.setup.recipe.autocast or self.setup.recipe.weights
+        return LINEARS[self._kind[name]](x, weights, added, self._width[name], compute)
+
+    def frozen(self) -> list[Parameter]:
+        """The tensors that are stored but not trained."""
+        return [p for found in self._stored.values() for p in found if not p.weight.requires_grad]
 
     def head_weight(self) -> Tensor:
         """The weight of the language-model head: its own, or the embedding it is tied to."""
@@ -167,21 +184,20 @@ def trained_as(row: ParamSpec, stored: Stored, projected: bool, job: Job) -> Tra
     return Trained(row.name + stored.suffix, stored.shape, dtype, projected, row.role, row.module)
 
 
-def slots_of(network: Network, states: bool, code: Implementation, job: Job) -> list[Slot]:
-    """The optimizer's view of a network's parameters, with their state tensors if asked for."""
-    slots = []
-    for trained, parameter, layer in network.trained:
-        slot = Slot(network.tape, trained, layer, parameter.weight, None)
-        if states:
-            keep_state(slot, code, job)
-        slots.append(slot)
-    return slots
+class States:
+    """The tensors that an optimizer keeps, worked out once for parameters that are alike."""
 
+    def __init__(self, code: Implementation, job: Job) -> None:
+        self._code, self._job = code, job
+        self._known: dict[int, tuple[Buffer, ...]] = {}
 
-def keep_state(slot: Slot, code: Implementation, job: Job) -> None:
-    """Gives a slot the tensors its optimizer keeps (those in host memory take nothing from the device)."""
-    for buffer in code.state(slot.param, job):
-        if not buffer.host:
+    def give(self, slot: Slot) -> None:
+        """Puts the slot's state on the tape (what lies in host memory takes nothing from the device)."""
+        buffers = self._known.get(id(slot.param))
+        if buffers is None:
+            buffers = tuple(b for b in self._code.state(slot.param, self._job) if not b.host)
+            self._known[id(slot.param)] = buffers
+        for buffer in buffers:
             slot.keep(buffer)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from galore_mem.memory.network import AFTER, BEFORE, Forward, Network, keep_state
+from galore_mem.memory.network import AFTER, BEFORE, Forward, Network, States
 from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, Bytes, Node, Parameter, Peak, Segment, Storage, Tape
 from galore_mem.methods.base import Implementation, Job, Slot, Slots
 from galore_mem.setup import Setup
@@ -46,6 +46,7 @@ class Work:
         return Tape(self.setup.granularity, self.setup.device)
 
 
+NOTHING: Bytes = (0, 0, 0, 0, 0)
 Profile = dict[tuple[str, int, str | int, int], Bytes]
 
 
@@ -63,28 +64,39 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """The highest moment of each phase, and what is still alive after backward besides weights, gradients and
-    optimizer state (workspaces; the model's output if the loop keeps it)."""
+    """The highest moment of each phase; what is still alive after backward besides weights, gradients and optimizer
+    state (workspaces; the model's output if the loop keeps it); the attention kernels that ran."""
 
     peaks: Mapping[str, Moment]
-    retained: Bytes = (0, 0, 0, 0, 0)
+    retained: Bytes = NOTHING
+    kernels: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run at one depth: the highest moment of each segment, and the rest as in `Phases`."""
+
+    peaks: Mapping[Segment, Peak]
+    retained: Bytes = NOTHING
+    kernels: frozenset[str] = frozenset()
 
 
 def plus(a: Bytes, b: Bytes) -> Bytes:
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4])
 
 
-def at_depth(run: Callable[[int], tuple[Mapping[Segment, Peak], Bytes]], depth: int) -> Phases:
+def at_depth(run: Callable[[int], Run], depth: int) -> Phases:
     """Phases of a model with `depth` layers, from `run(layers)` at that depth or at two shallower ones."""
     if depth <= SHALLOW + 1:
-        peaks, retained = run(depth)
-        return Phases(_highest((segment[0], Moment(peak.live)) for segment, peak in peaks.items()), retained)
-    (low, kept_low), (high, kept_high) = run(SHALLOW), run(SHALLOW + 1)
-    a, b = _by_position(low, SHALLOW), _by_position(high, SHALLOW + 1)
+        one = run(depth)
+        moments = ((segment[0], Moment(peak.live)) for segment, peak in one.peaks.items())
+        return Phases(_highest(moments), one.retained, one.kernels)
+    low, high = run(SHALLOW), run(SHALLOW + 1)
+    a, b = _by_position(low.peaks, SHALLOW), _by_position(high.peaks, SHALLOW + 1)
     assert a.keys() == b.keys(), "the program takes another path at another depth"
     extra = depth - SHALLOW
     moments = ((key[0], _affine(a[key], b[key], extra)) for key in a)
-    return Phases(_highest(moments), _affine(kept_low, kept_high, extra).live)
+    return Phases(_highest(moments), _affine(low.retained, high.retained, extra).live, low.kernels)
 
 
 def _affine(a: Bytes, b: Bytes, extra: int) -> Moment:
@@ -124,7 +136,7 @@ def training(work: Work, refresh: bool = False) -> Phases:
     return at_depth(lambda layers: _train(work, layers, refresh), work.model.num_layers)
 
 
-def _train(work: Work, layers: int, refresh: bool) -> tuple[Mapping[Segment, Peak], Bytes]:
+def _train(work: Work, layers: int, refresh: bool) -> Run:
     setup, tape = work.setup, work.tape()
     network = work.network(tape, layers)
     tape.mark("load", 0, "all")
@@ -159,7 +171,7 @@ def _train(work: Work, layers: int, refresh: bool) -> tuple[Mapping[Segment, Pea
     live = tape.live
     retained = (0, 0, 0, live[3], live[4])
     del resident
-    return dict(tape.peaks), retained
+    return Run(dict(tape.peaks), retained, frozenset(tape.kernels))
 
 
 def _residents(work: Work, tape: Tape) -> list[Storage]:
@@ -173,9 +185,10 @@ def _residents(work: Work, tape: Tape) -> list[Storage]:
 
 def _hook(work: Work, network: Network, refresh: bool) -> None:
     """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one."""
+    states = States(work.code, work.job)
     for trained, parameter, layer in network.trained:
         slot = Slot(network.tape, trained, layer, parameter.weight, None)
-        keep_state(slot, work.code, work.job)
+        states.give(slot)
 
         def step(parameter: Parameter, slot: Slot = slot) -> None:
             slot.grad, parameter.grad = parameter.grad, None
@@ -195,12 +208,12 @@ def stepping(work: Work, refresh: bool) -> Moment:
     return phases.peaks["step"]
 
 
-def _step(work: Work, layers: int, refresh: bool) -> tuple[Mapping[Segment, Peak], Bytes]:
+def _step(work: Work, layers: int, refresh: bool) -> Run:
     tape = work.tape()
     tape.grad_enabled = False
     network = work.network(tape, layers)
     shared = [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in work.code.shared(work.job)]
-    slots, narrow = [], []
+    slots, narrow, states = [], [], States(work.code, work.job)
     for trained, parameter, layer in network.trained:
         grad = tape.empty(parameter.weight.shape, parameter.weight.dtype, GRADIENTS)
         slot = Slot(tape, trained, layer, parameter.weight, grad)
@@ -208,13 +221,14 @@ def _step(work: Work, layers: int, refresh: bool) -> tuple[Mapping[Segment, Peak
             narrow.append((parameter.weight, grad))
             slot.weight = tape.empty(trained.shape, trained.dtype, OPTIMIZER_STATE)
         del parameter, grad
-        keep_state(slot, work.code, work.job)
+        states.give(slot)
         slots.append(slot)
-    network.trained.clear()
+    frozen = network.frozen()
+    del network  # a program may replace weights and gradients: nothing else may hold them
     tape.mark("step", 0, "all")
     if work.job.recipe.master is not None:  # the optimizer works on gradients in the master copy's format
         for slot in slots:
             slot.grad = tape.empty(slot.param.shape, slot.param.dtype)
     work.code.step(Slots(tape, slots, "step"), work.job, refresh)
-    del shared, narrow
-    return dict(tape.peaks), (0, 0, 0, 0, 0)
+    del shared, narrow, frozen
+    return Run(dict(tape.peaks))

@@ -80,8 +80,6 @@ def broadcast(a: Shape, b: Shape) -> Shape:
 def result_strides(shape: Shape, *operands: tuple[Shape, Shape]) -> Shape:
     """Strides of a new elementwise result: dense, in the order of dimensions of the first operand that has one
     (TensorIterator.cpp, reorder_dimensions; with one operand also ExpandUtils.cpp, infer_dense_strides)."""
-    if len(operands) == 1 and is_dense(*operands[0]):
-        return operands[0][1]
     width = len(shape)
     strides = [_expanded(shape, *operand) for operand in operands]
     order = list(range(width - 1, -1, -1))  # fastest first
@@ -112,7 +110,7 @@ def _expanded(shape: Shape, own: Shape, strides: Shape) -> Shape:
 def _compare(shape: Shape, operands: list[Shape], a: int, b: int) -> int:
     """Positive if dimension b is faster than a, negative if a is, 0 if no operand can tell."""
     for strides in operands:
-        if strides[a] == 0 or strides[b] == 0:
+        if not strides[a] or not strides[b]:
             continue
         if strides[a] != strides[b]:
             return -1 if strides[a] < strides[b] else 1

@@ -87,11 +87,11 @@ class Tape:
         self.total = 0
         self.peaks: dict[Segment, Peak] = {}
         self.sequence = 0
-        self._arrivals = 0
         self.grad_enabled = True
         self.autocast: DType | None = None
         self.autocast_cache: dict[int, Tensor] = {}
         self.frame: Packer | None = None
+        self.kernels: set[str] = set()  # attention kernels that ran
         self.leaves: WeakValueDictionary[Node, Parameter] = WeakValueDictionary()
         self._peak = Peak(0, (0, 0, 0, 0, 0))
         self.mark("start", 0, "start")

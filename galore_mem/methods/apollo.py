@@ -34,7 +34,7 @@ from galore_mem.methods.base import (
 from galore_mem.methods.projection import REFERENCE, applies, factor, one_side, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
-PROJ = Hyperparameter("proj", "random", "where APOLLO's projector comes from: random or svd")
+PROJ = Hyperparameter("proj", "random", "where APOLLO's projector comes from", choices=("random", "svd"))
 CITATION = Citation(
     "APOLLO: SGD-like Memory, AdamW-level Performance",
     "Zhu, Zhang, Cong, Liu, Park, Chandra, Long, Pan, Wang, Lee", "arXiv:2412.05270",

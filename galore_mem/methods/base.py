@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from math import prod
 
 from galore_mem.dtypes import DType
-from galore_mem.errors import unknown
+from galore_mem.errors import InputError, unknown
 from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, WEIGHTS, Shape, Tape, Tensor
 from galore_mem.setup import Recipe
 from galore_mem.spec.model import Heads, ParamSpec, Role
 
 PAPER = "paper"
+MOST = 2**31 - 1  # of any hyperparameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,31 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """A number or a choice that changes memory: its name in `optimizer.param_groups`, default and meaning."""
+    """A number or a choice that changes memory: its name in `optimizer.param_groups`, default and meaning.
+
+    Numbers are bounded below by `least`; a text is one of `choices`.
+    """
 
     name: str
     default: int | float | str
     help: str
+    choices: tuple[str, ...] = ()
+    least: int = 0
+
+    def read(self, given: int | float | str) -> int | float | str:
+        """The value in the default's type. Raises `InputError` where it is none, or out of bounds."""
+        if isinstance(self.default, str):
+            if given not in self.choices:
+                raise unknown(self.name, str(given), self.choices)
+            return given
+        kind = type(self.default)
+        try:
+            value = kind(given)
+        except (ValueError, OverflowError):
+            raise InputError(f"{self.name} must be a number, got {str(given)[:40]!r}") from None
+        if not self.least <= value <= MOST:
+            raise InputError(f"{self.name} must be at least {self.least} and at most {MOST}, got {value}")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +289,8 @@ class Method:
         raise unknown(f"implementation of {self.name}", name, [i.name for i in self.implementations])
 
 
-RANK = Hyperparameter("rank", 128, "rank r of the low-rank space")
-UPDATE_PROJ_GAP = Hyperparameter("update_proj_gap", 200, "steps between two refreshes of the projector")
+RANK = Hyperparameter("rank", 128, "rank r of the low-rank space", least=1)
+UPDATE_PROJ_GAP = Hyperparameter("update_proj_gap", 200, "steps between two refreshes of the projector", least=1)
 
 
 __all__ = [

@@ -33,7 +33,16 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
-from galore_mem.methods.projection import PROJ_TYPE, REFERENCE, applies, low_shape, lowered, raised, regular_first
+from galore_mem.methods.projection import (
+    PROJ_TYPE,
+    REFERENCE,
+    added,
+    applies,
+    low_shape,
+    lowered,
+    raised,
+    regular_first,
+)
 from galore_mem.methods.svd import SVD_WORKSPACE
 
 EQUATIONS = {"projected": "m·r + 2·n·r", "other": "2·m·n"}
@@ -56,14 +65,8 @@ def step(slots: Slots, job: Job, refresh: bool, renew: Callable[[Slot, Job], Non
         if refresh:
             renew(slot, job)
         update = lowered(slot, job, slot.param.dtype)
-        half_raised(slot, job, update)
+        added(slot, job, update)
         del update
-
-
-def half_raised(slot: Slot, job: Job, update: Tensor) -> None:
-    """`weight.addmm_(update, P)` needs nothing; with both sides projected, P_left·update (rows x r) comes first."""
-    if len(projection.sides(slot.param, job)) == 2:
-        slot.new((slot.param.shape[0], job.r(slot.param)), slot.param.dtype, update)
 
 
 def state_reference(p: Trained, job: Job) -> tuple[Buffer, ...]:

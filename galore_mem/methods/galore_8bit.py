@@ -18,13 +18,14 @@ away (`max_unorm=100` results, 4 bytes more per parameter, and small tensors sto
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from galore_mem.dtypes import UINT8
 from galore_mem.memory.tape import GRADIENTS, Tensor
 from galore_mem.methods import adamw_8bit, galore, projection
 from galore_mem.methods.adamw_8bit import blockwise, lookup_tables
 from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Buffer, Implementation, Job, Method, Slot, Slots, Trained
-from galore_mem.methods.projection import PROJ_TYPE, applies, low_shape, lowered, raised, regular_first
+from galore_mem.methods.projection import PROJ_TYPE, added, applies, low_shape, lowered, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
 EQUATIONS = {
@@ -35,16 +36,8 @@ EQUATIONS = {
 
 def moments(p: Trained, job: Job) -> tuple[Buffer, ...]:
     """bitsandbytes' two states of the low-rank tensor, or of the parameter outside the targets."""
-    return quantized(low_trained(p, job) if applies(p) else p)
-
-
-def quantized(p: Trained) -> tuple[Buffer, ...]:
-    return blockwise(p.shape, p.numel)
-
-
-def low_trained(p: Trained, job: Job) -> Trained:
-    """The parameter that the 8-bit kernel sees."""
-    return replace(p, shape=low_shape(p, job), projected=False)
+    shape = low_shape(p, job) if applies(p) else p.shape
+    return blockwise(shape, prod(shape))
 
 
 def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -72,7 +65,7 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
         update = slot.new(grad.shape, p.dtype)
         kernel(slot, job, grad, update)
         del grad
-        galore.half_raised(slot, job, update)
+        added(slot, job, update)
         del update
 
 

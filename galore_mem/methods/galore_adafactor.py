@@ -75,7 +75,7 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
             update = lowered(slot, job, p.dtype)
         second_moment(slot, seen(p, job))
         if applies(p):
-            galore.half_raised(slot, job, update)
+            projection.added(slot, job, update)
         del update
 
 

@@ -35,7 +35,7 @@ from galore_mem.methods.base import (
     Trained,
 )
 from galore_mem.methods.eager import as_float32
-from galore_mem.methods.projection import PROJ_TYPE, applies, cast, factor, low_shape, lowered, sides
+from galore_mem.methods.projection import PROJ_TYPE, added, applies, cast, factor, low_shape, lowered, sides
 from galore_mem.methods.svd import SVD_WORKSPACE
 
 Partition = Callable[[Trained, Job], Shape]
@@ -108,7 +108,7 @@ def _in_low_rank(slot: Slot, job: Job, low: Tensor) -> None:
     blocks = low_rows(slot.param, job)
     mean_square(slot, blocks)
     divisor(slot, blocks, blocks)
-    _both_sides(slot, job, low)
+    added(slot, job, low)
 
 
 def _on_moment(slot: Slot, job: Job) -> None:
@@ -126,7 +126,7 @@ def _through_projector(slot: Slot, job: Job, low: Tensor) -> None:
     values = per_row(slot, slot.state["exp_avg_sq"], rows)
     carried = slot.new((job.r(p), 1), p.dtype, slot.new(factor(p, "left", job.r(p)), p.dtype), values)
     del values, carried
-    _both_sides(slot, job, low)
+    added(slot, job, low)
 
 
 def _on_projector(slot: Slot, job: Job) -> None:
@@ -135,14 +135,7 @@ def _on_projector(slot: Slot, job: Job) -> None:
     blocks = adam_mini.blocks(p, job)
     mean_square(slot, blocks)
     scaled = slot.new(factor(p, "left", job.r(p)), p.dtype, divisor(slot, blocks, (p.shape[0], 1)))
-    _both_sides(slot, job, scaled)
-
-
-def _both_sides(slot: Slot, job: Job, update: Tensor) -> None:
-    """With both sides projected, P_left·update (rows x r) before the product that is added to the weight."""
-    p = slot.param
-    if len(sides(p, job)) == 2:
-        slot.new((p.shape[0], job.r(p)), p.dtype, update)
+    added(slot, job, scaled)
 
 
 def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:

@@ -20,8 +20,8 @@ from galore_mem.memory.tape import OPTIMIZER_STATE, Shape, Tensor
 from galore_mem.methods.base import Buffer, Hyperparameter, Job, Slot, Slots, Trained
 from galore_mem.methods.svd import full_svd
 
-PROJ_TYPE = Hyperparameter("proj_type", "std", "side that is projected: std, reverse_std, left, right or full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+PROJ_TYPE = Hyperparameter("proj_type", "std", "side that is projected", choices=PROJ_TYPES)
 
 OURS = "projector"
 REFERENCE = "projector.ortho_matrix"
@@ -113,6 +113,13 @@ def raised(slot: Slot, job: Job, dtype: DType) -> Tensor:
     p = slot.param
     half = slot.new((p.shape[0], job.r(p)), dtype) if len(sides(p, job)) == 2 else None
     return slot.new(p.shape, dtype, half)
+
+
+def added(slot: Slot, job: Job, update: Tensor) -> None:
+    """`weight.addmm_(update, P)` needs nothing more; with both sides projected, P_left·update (rows x r) is made."""
+    p = slot.param
+    if len(sides(p, job)) == 2:
+        slot.new((p.shape[0], job.r(p)), p.dtype, update)
 
 
 def cast(slot: Slot, tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from galore_mem.methods.base import (
 from galore_mem.methods.lora import adapters, frozen, store_paper
 from galore_mem.spec.model import ParamSpec
 
-RESET = Hyperparameter("update_proj_gap", 1000, "steps between two merges of the factors into the weights")
+RESET = Hyperparameter("update_proj_gap", 1000, "steps between two merges of the factors into the weights", least=1)
 
 
 def store(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:

@@ -45,10 +45,11 @@ def overview(result: EstimateResult) -> Table:
         columns.append(Column(str(result.setup["gpu"]), colours=VERDICTS))
     rows = []
     for e in result.estimates:
+        mark = "" if e.layerwise == result.setup["layerwise"] else "*"
         row = [
-            e.method + ("" if e.layerwise == result.setup["layerwise"] else "*"), e.implementation, _gib(e.weights_bytes),
-            _gib(e.gradients_bytes), _gib(e.optimizer_state_bytes), _gib(e.peak_allocated_bytes), e.peak.name,
-            _saving(e, baseline), _bar(e.peak.components, highest),
+            e.method + mark, e.implementation, _gib(e.weights_bytes), _gib(e.gradients_bytes),
+            _gib(e.optimizer_state_bytes), _gib(e.peak_allocated_bytes), e.peak.name, _saving(e, baseline),
+            _bar(e.peak.components, highest),
         ]  # fmt: skip
         if judged:
             row.append(_verdict(e))

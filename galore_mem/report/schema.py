@@ -97,6 +97,7 @@ def _estimate() -> Schema:
         keep_logits=FLAG,
         gradient_accumulation=INT,
         transformers=TEXT,
+        torch=TEXT,
         device=TEXT,
         target=_or_null(TEXTS),
         gpu=_or_null(TEXT),
