@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 # its customary name
-from op_cases import HEADS, ONEDNN, ROW, TILES, B, D, K, N, S, heads
+from op_cases import HEADS, ONEDNN, PER_THREAD, ROW, TILES, B, D, H, K, N, S, conv1d, heads
 from side_by_side import Case, Frozen, Ids
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
@@ -24,6 +24,7 @@ from galore_mem.memory.attention import sdpa
 from galore_mem.memory.tape import Tensor
 
 _NORM = LlamaRMSNorm(D)
+_NEW_GELU = NewGELUActivation().forward
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -112,6 +113,38 @@ LAYER = ((D,), *PROJECTIONS, (D,), *MLP)
 KERNELS = {**TILES, **ONEDNN}
 
 
+def gpt2(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """GPT2Block.forward with sdpa and without dropout."""
+    residual = x
+    hidden = F.layer_norm(x, (D,), *weights[:2])
+    query, key, value = conv1d(hidden, *weights[2:4]).split(D, dim=2)
+    query, key, value = (t.view(B, S, H, K).transpose(1, 2) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    out = out.transpose(1, 2).contiguous().reshape(B, S, D)
+    hidden = conv1d(out, *weights[4:6]) + residual
+    residual = hidden
+    hidden = F.layer_norm(hidden, (D,), *weights[6:8])
+    hidden = conv1d(_NEW_GELU(conv1d(hidden, *weights[8:10])), *weights[10:12])
+    return residual + hidden
+
+
+def gpt2_twin(x: Tensor, *weights: Tensor) -> Tensor:
+    residual = x
+    hidden = ops.layer_norm(x, *weights[:2])
+    query, key, value = ops.split(ops.conv1d(hidden, *weights[2:4]), D, 2)
+    query, key, value = (blocks.split_heads(t, K) for t in (query, key, value))
+    out = sdpa(query, key, value, None, "cpu")
+    out = ops.reshape(ops.contiguous(ops.transpose(out, 1, 2)), B, S, D)
+    hidden = ops.add(ops.conv1d(out, *weights[4:6]), residual)
+    residual = hidden
+    hidden = ops.layer_norm(hidden, *weights[6:8])
+    hidden = ops.conv1d(ops.gelu_new(ops.conv1d(hidden, *weights[8:10])), *weights[10:12])
+    return ops.add(residual, hidden)
+
+
+GPT2 = ((D,), (D,), (D, 3 * D), (3 * D,), (D, D), (D,), (D,), (D,), (D, N), (N,), (N, D), (D,))
+
+
 def tied(ids: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     embedded = F.embedding(ids, table)
     x = rms_norm(embedded, weight)
@@ -165,7 +198,8 @@ CASES = [
     Case("RMSNorm", (ROW, (D,)), rms_norm, blocks.rms_norm, numbers=True),
     Case("rotary", (HEADS, HEADS, Frozen((1, S, K)), Frozen((1, S, K))), rotated, rotated_twin),
     Case("SwiGLU", (ROW, *MLP), mlp, mlp_twin, scratch=ONEDNN),
-    Case("NewGELU", (ROW,), NewGELUActivation().forward, ops.gelu_new, numbers=True),
+    Case("NewGELU", (ROW,), _NEW_GELU, ops.gelu_new, numbers=True),
+    Case("GPT-2", (ROW, *GPT2), gpt2, gpt2_twin, numbers=True, scratch={**KERNELS, **PER_THREAD}),
     Case("eager attention", (HEADS, HEADS, HEADS), eager, eager_twin, numbers=True, scratch=ONEDNN),
     Case(
         "eager attention with a mask",

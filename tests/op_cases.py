@@ -207,13 +207,6 @@ PRODUCTS = [
         scratch=ONEDNN,
     ),
     Case("conv1d", (ROW, (D, N), (N,)), conv1d, ops.conv1d, scratch=ONEDNN),
-    Case(
-        "conv1d by linear",
-        (ROW, (D, N), (N,)),
-        conv1d,
-        lambda x, w, b: ops.linear(x, w, b, out_features=N),
-        scratch=ONEDNN,
-    ),
     Case("matmul of 2-D", ((S, D), (D, N)), torch.matmul, ops.matmul, scratch=ONEDNN),
     Case("matmul of 4-D", ((B, H, S, K), (B, H, K, S)), torch.matmul, ops.matmul, scratch=ONEDNN),
     *(
@@ -343,7 +336,7 @@ ATTENTION = [
         "sdpa with dropout",
         (HEADS, HEADS, HEADS),
         lambda q, k, v: F.scaled_dot_product_attention(heads(q), heads(k), heads(v), dropout_p=0.1, is_causal=True),
-        lambda q, k, v: sdpa(*(ops.transpose(t, 1, 2) for t in (q, k, v)), None, "cpu", 0.1),
+        lambda q, k, v: sdpa(*(ops.transpose(t, 1, 2) for t in (q, k, v)), None, None, 0.1),
         numbers=True,
     ),
     Case("pad", (ROW,), lambda x: F.pad(x, (0, 8)), lambda x: ops.pad_last(x, D + 8)),

@@ -1,43 +1,58 @@
 """How the forward pass of a projected linear layer runs, by the way its weight is stored.
 
-Each function receives the input, the tensors of `Implementation.store` in their order, the bias, the number of output
-features, and the format that the recipe computes in.
+Each function receives the layer, its input, the tensors of `Implementation.store` in their order, and the bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from galore_mem.dtypes import DType
-from galore_mem.memory.ops import add, clone, linear, reshape, scale, to, view
+from galore_mem.memory.ops import add, clone, conv1d, linear, reshape, scale, to, view
 from galore_mem.memory.tape import Grads, Tensor
 
-LinearForward = Callable[[Tensor, Sequence[Tensor], Tensor | None, int, DType], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer: its number of output features, the format that the recipe computes in, and whether its weight is
+    stored in x out (GPT-2's Conv1D)."""
+
+    out_features: int
+    compute: DType
+    transposed: bool = False
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with an ordinary weight."""
+        return conv1d(x, weight, bias) if self.transposed else linear(x, weight, bias)
 
 
-def dense(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
+LinearForward = Callable[[Layer, Tensor, Sequence[Tensor], Tensor | None], Tensor]
+
+
+def dense(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """nn.Linear (and GPT-2's Conv1D)."""
-    return linear(x, weights[0], bias, out_features=width)
+    return layer.plain(x, weights[0], bias)
 
 
-def low_rank(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
+def low_rank(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """W = BA with A (r x in) and B (out x r), never multiplied out."""
     a, b = weights
     return linear(linear(x, a), b, bias)
 
 
-def lora(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
+def lora(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """peft 0.21, tuners/lora/layer.py, Linear.forward: the input is cast to the adapter's format (a float32 copy that
     is saved where the base is 16-bit), and the sum is made in the wider format before it is cast back."""
     base, a, b = weights
-    result = linear(x, base, bias, out_features=width)
+    result = layer.plain(x, base, bias)
     result_dtype = result.dtype
     x = to(x, a.dtype)
     result = add(result, scale(linear(linear(x, a), b)))
     return to(result, result_dtype)
 
 
-def nf4(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
+def nf4(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """bitsandbytes Linear4bit (nn/modules.py), alone or, where adapters follow the codes, under peft
     (tuners/lora/bnb.py, Linear4bit.forward).
 
@@ -46,9 +61,9 @@ def nf4(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, c
     to their format unless autocast is on.
     """
     if not weights[-1].requires_grad:
-        return _nf4_base(x, weights[0], width, compute)
+        return _nf4_base(layer, x, weights[0])
     a, b = weights[-2:]
-    result = clone(_nf4_base(x, weights[0], width, compute))
+    result = clone(_nf4_base(layer, x, weights[0]))
     result_dtype = result.dtype
     if x.tape.autocast is None:
         x = to(x, a.dtype)
@@ -56,7 +71,8 @@ def nf4(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, c
     return add(result, to(branch, result_dtype))
 
 
-def _nf4_base(x: Tensor, codes: Tensor, width: int, compute: DType) -> Tensor:
+def _nf4_base(layer: Layer, x: Tensor, codes: Tensor) -> Tensor:
+    compute, width = layer.compute, layer.out_features
     tape, in_dtype, leading = x.tape, x.dtype, x.shape[:-1]
     x = to(x, compute)
     rows = reshape(x, -1, x.shape[-1])
@@ -78,7 +94,7 @@ def _nf4_base(x: Tensor, codes: Tensor, width: int, compute: DType) -> Tensor:
     return to(view(out, *leading, width), in_dtype)
 
 
-def int8(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, compute: DType) -> Tensor:
+def int8(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """Q-GaLore's linear (utils/quantization.py, W8Linear): the float matrix exists only during the product, in the
     forward pass and again in the backward pass; the gradient of the matrix is a full one."""
     weight = weights[0]
@@ -99,10 +115,10 @@ def int8(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, width: int, 
     saved = ((weight,) if for_x else ()) + ((rows,) if for_w else ())
     node = tape.node("W8LinearBackward", (rows, weight, bias), saved, backward)
     matrix = tape.empty(shape_w, x.dtype)
-    out = tape.empty((rows.shape[0], width), x.dtype)
+    out = tape.empty((rows.shape[0], layer.out_features), x.dtype)
     del matrix
     tape.bind(node, out)
-    return view(out, *x.shape[:-1], width)
+    return view(out, *x.shape[:-1], layer.out_features)
 
 
 LINEARS: dict[str, LinearForward] = {"dense": dense, "low-rank": low_rank, "lora": lora, "nf4": nf4, "int8": int8}

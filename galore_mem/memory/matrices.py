@@ -49,13 +49,8 @@ def _product(grad: Tensor, shape: Shape, by_columns: bool) -> Tensor:
     return grad.tape.empty(shape[::-1], grad.dtype).like(shape, (1, shape[0]))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
-    """x @ W.T + b over the last dimension, for any number of leading dimensions (Linear.cpp, linear).
-
-    `out_features` says which side of the weight is the output: where that is not the first it is GPT-2's Conv1D.
-    """
-    if out_features is not None and out_features != weight.shape[0]:
-        return conv1d(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T + b over the last dimension, for any number of leading dimensions (Linear.cpp, linear)."""
     bias, weight, x = autocast(bias), autocast(weight), autocast(x)
     if bias is not None:
         if len(x.shape) == 2:

@@ -13,7 +13,7 @@ from typing import Any
 
 from galore_mem.dtypes import INT64, NF4, DType
 from galore_mem.memory.checkpoint import checkpoint
-from galore_mem.memory.linears import LINEARS
+from galore_mem.memory.linears import LINEARS, Layer
 from galore_mem.memory.tape import ACTIVATIONS, WEIGHTS, Parameter, Shape, Tape, Tensor
 from galore_mem.methods.base import Buffer, Implementation, Job, Slot, Stored, Trained
 from galore_mem.setup import Setup
@@ -41,6 +41,7 @@ class Prepared:
 
     spec: ParamSpec
     kind: str  # how a linear layer with this weight runs: a key of LINEARS
+    layer: Layer
     tensors: tuple[tuple[Stored, Trained | None], ...]
 
     @classmethod
@@ -51,7 +52,10 @@ class Prepared:
         ]
         quantized = any(stored.dtype is NF4 for stored, _ in tensors)  # with or without adapters
         kind = "nf4" if quantized else code.linear if projected else "dense"
-        return cls(row, kind, tuple(tensors))
+        transposed = row.module == "conv1d"
+        compute = job.recipe.autocast or job.recipe.weights
+        layer = Layer(row.shape[-1] if transposed else row.shape[0], compute, transposed)
+        return cls(row, kind, layer, tuple(tensors))
 
 
 class Network:
@@ -76,8 +80,7 @@ class Network:
         self.head_dim = model.heads.head_dim if model.heads else 0
         self.trained: list[tuple[Trained, Parameter, int | str]] = []
         self._stored: dict[str, list[Parameter]] = {}
-        self._width: dict[str, int] = {}
-        self._kind: dict[str, str] = {}
+        self._linear: dict[str, tuple[str, Layer]] = {}
         self._boundaries: list[int] = []
         self._segments: list[int | str] = []
         for block, repeat, position in scaled_blocks(model, layers):
@@ -88,9 +91,7 @@ class Network:
 
     def _add(self, row: Prepared, number: str, layer: int | str) -> None:
         name = row.spec.name.replace("{i}", number)
-        self._kind[name] = row.kind
-        if row.spec.is_matrix_of_linear:
-            self._width[name] = row.spec.shape[1] if row.spec.module == "conv1d" else row.spec.shape[0]
+        self._linear[name] = row.kind, row.layer
         found = self._stored[name] = []
         for stored, trained in row.tensors:
             parameter = self._place(name, stored)
@@ -120,10 +121,10 @@ class Network:
         added = self.weight(bias_name) if bias_name in self._stored else None
         if name not in self._stored:
             weight = self.weight(self.tied_embedding)
-            return LINEARS["dense"](x, [weight], added, weight.shape[0], weight.dtype)
+            return LINEARS["dense"](Layer(weight.shape[0], weight.dtype), x, [weight], added)
         weights = [p.tensor() for p in self._stored[name]]
-        compute = self.setup.recipe.autocast or self.setup.recipe.weights
-        return LINEARS[self._kind[name]](x, weights, added, self._width[name], compute)
+        kind, layer = self._linear[name]
+        return LINEARS[kind](layer, x, weights, added)
 
     def frozen(self) -> list[Parameter]:
         """The tensors that are stored but not trained."""

@@ -161,8 +161,11 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def layer_norm(t: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Saves the input, the weights and each row's mean and reciprocal deviation; float32 under CUDA's autocast."""
-    t, weight, bias = autocast_wide(t), autocast_wide(weight), autocast_wide(bias)
+    """Saves the input, the weights and each row's mean and reciprocal deviation; float32 under CUDA's autocast.
+
+    Partial sums over rows for the weights' gradients (a CPU thread's, and CUDA's above 65,536 rows) are not counted.
+    """
+    bias, weight, t = autocast_wide(bias), autocast_wide(weight), autocast_wide(t)
     tape, shape, dtype = t.tape, t.shape, t.dtype
     wide, wide_dtype = weight.shape, weight.dtype
     for_weight, for_bias = weight.requires_grad, bias.requires_grad
