@@ -9,12 +9,14 @@ allocator's own events.
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from test_families import CASES, measured, predicted
@@ -28,7 +30,8 @@ def main() -> None:
             errors.append((abs(p - m) / m, p - m, f"{case} {phase}"))
             mode = " checkpointing" if case.checkpointing else ""
             size = f"{case.batch_size} x {case.seq_len}"
-            cells = (case.config, case.attention + mode, size, case.recipe, phase, f"{p:,}", f"{m:,}", f"{p - m:+,}")
+            model = case.config + (f", LoRA on {', '.join(case.lora)}" if case.lora else "")
+            cells = (model, case.attention + mode, size, case.recipe, phase, f"{p:,}", f"{m:,}", f"{p - m:+,}")
             rows.append("| " + " | ".join(cells) + " |")
     print(file=sys.stderr)
     worst = max(errors)

@@ -25,7 +25,9 @@ class InputError(GaloreMemError, ValueError):
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> InputError:
     """The error for a name that is not in a table: names the nearest entries, then where to look."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given.lower(), names, n=3, cutoff=0.5)
+    low = given.lower()
+    begun = [name for name in names if low and name.startswith(low)]
+    near = (begun + [n for n in difflib.get_close_matches(low, names, n=3, cutoff=0.5) if n not in begun])[:3]
     shown = given if len(given) <= 80 else given[:77] + "..."
     if near:
         return InputError(f"unknown {kind} {shown!r}; did you mean {', '.join(near)}?")

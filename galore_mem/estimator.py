@@ -20,7 +20,7 @@ from galore_mem.result import Estimate, EstimateResult, Fit, Phase, Unsupported
 from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec, check_targets, is_target
 from galore_mem.spec.resolve import resolve
-from galore_mem.units import round_up
+from galore_mem.units import format_bytes, round_up
 
 MARGIN = 20  # tight when the headroom is below a 20th (5 %) of what is needed: fragmentation, workspaces
 
@@ -52,10 +52,12 @@ def estimate(
     spec = resolve(model) if isinstance(model, str) else model
     setup = setup or Setup(seq_len=default_seq_len(spec))
     card = find_gpu(gpu) if gpu is not None else None
+    if card is not None and setup.device == "cpu":
+        raise InputError("--gpu asks about a card; leave it out with --device cpu")
     if card is not None and card.capability is not None:
         setup = replace(setup, compute_capability=card.capability)
     chosen = tuple(targets) if targets is not None else None
-    asked = tuple(methods or ())
+    asked = tuple(dict.fromkeys(methods or ()))
     check(spec, setup, asked, convention, chosen, hyperparameters)
     cache: dict[object, Phases] = {}
     answers: list[Estimate] = []
@@ -68,6 +70,8 @@ def estimate(
             if asked:
                 raise
             unsupported.append(Unsupported(found.name, code.name, str(error)))
+    if not answers:
+        raise InputError(f"no method can answer: {'; '.join(f'{u.method}: {u.reason}' for u in unsupported)}")
     return EstimateResult(
         __version__, model_json(spec, chosen), setup_json(setup, chosen, card), tuple(answers), tuple(unsupported)
     )
@@ -224,7 +228,7 @@ def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bo
         phases=phases,
         outside_allocator_bytes=(case.card or DEFAULT_CONTEXT).context if work.setup.device == "cuda" else 0,
         fits=None,
-        assumptions=tuple(_assumptions(work, kernels, case.card)),
+        assumptions=tuple(_assumptions(work, case.setup, kernels, case.card)),
         not_counted=tuple(_not_counted(work)),
         equations=work.code.equations,
         entries=entries,
@@ -243,32 +247,37 @@ def fit(needed: int, card: Gpu) -> Fit:
 def _phases(
     work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]
 ) -> tuple[tuple[Phase, ...], frozenset[str]]:
-    """Each phase's highest moment (passes of the model, plus the state that lies there meanwhile, plus the step), and
-    the attention kernels that ran."""
+    """Each phase's highest moment, and the attention kernels that ran."""
+    passed = _layerwise(work) if work.setup.layerwise else _whole(work, entries, cache)
+    return tuple(Phase(name, m.live, m.per_layer) for name, m in passed.peaks.items()), passed.kernels
+
+
+def _layerwise(work: Work) -> Phases:
+    """The hooks step inside backward: one pass as it usually is, one in which projectors are renewed."""
+    passed = training(work)
+    if not work.code.refreshes:
+        return passed
+    return replace(passed, peaks={**passed.peaks, "refresh": training(work, refresh=True).peaks["refresh"]})
+
+
+def _whole(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]) -> Phases:
+    """Passes of the model with the state lying there, then the step over all parameters."""
     code, grain = work.code, work.setup.granularity
-    if work.setup.layerwise:
-        # the hooks hold each parameter's state; only what the optimizer shares is added here
-        state = sum(round_up(b.nbytes, grain) for b in code.shared(work.job))
-        passed = training(work)
-        peaks = dict(passed.peaks)
-        if code.refreshes:
-            peaks["refresh"] = training(work, refresh=True).peaks["refresh"]
-    else:
-        state = sum(round_up(e.nbytes, grain) * e.repeat for e in entries if e.kind == "optimizer_state" and not e.host)
-        key = (code.store, code.linear, tuple(work.job.hyperparameters.items()) if code.linear != "dense" else ())
-        passed = cache[key] if key in cache else cache.setdefault(key, training(work))
-        peaks = dict(passed.peaks)
-    made = {name: peak if name == "load" else peak.plus((0, 0, state, 0, 0)) for name, peak in peaks.items()}
-    if not work.setup.layerwise:
-        made["step"] = stepping(work, refresh=False).plus(passed.retained)
-        if code.refreshes:
-            made["refresh"] = stepping(work, refresh=True).plus(passed.retained)
-    return tuple(Phase(name, peak.live, peak.per_layer) for name, peak in made.items()), passed.kernels
+    key = (code.store, code.linear, tuple(work.job.hyperparameters.items()) if code.linear != "dense" else ())
+    passed = cache[key] if key in cache else cache.setdefault(key, training(work))
+    state = sum(round_up(e.nbytes, grain) * e.repeat for e in entries if e.kind == "optimizer_state" and not e.host)
+    peaks = {name: m if name == "load" else m.plus((0, 0, state, 0, 0)) for name, m in passed.peaks.items()}
+    peaks["step"] = stepping(work, refresh=False).plus(passed.retained)
+    if code.refreshes:
+        peaks["refresh"] = stepping(work, refresh=True).plus(passed.retained)
+    return replace(passed, peaks=peaks)
 
 
-def _assumptions(work: Work, kernels: frozenset[str], card: Gpu | None) -> Iterable[str]:
+def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | None) -> Iterable[str]:
     setup, job = work.setup, work.job
     r = setup.recipe
+    if setup.layerwise and not asked.layerwise and (asked.keep_gradients or asked.gradient_accumulation > 1):
+        yield "gradients are freed one by one and not accumulated, whatever the options say: it has no other step"
     yield (
         f"recipe {r.name}: weights and gradients {r.weights}"
         + (f", autocast {r.autocast}" if r.autocast else "")
@@ -285,13 +294,20 @@ def _assumptions(work: Work, kernels: frozenset[str], card: Gpu | None) -> Itera
             + ("non-reentrant checkpointing of each layer" if setup.gradient_checkpointing else "no checkpointing")
         )
     if setup.device == "cuda":
-        yield f"CUDA context {(card or DEFAULT_CONTEXT).context / 2**30:.2f} GiB: {(card or DEFAULT_CONTEXT).evidence}"
+        context = card or DEFAULT_CONTEXT
+        yield f"CUDA context {format_bytes(context.context)}: {context.evidence}"
     if "rank" in job.hyperparameters:
         clipped = sum(
             repeat for row, repeat in work.model.groups() if is_target(row, work.targets) and job.rank > min(row.shape)
         )
+        where = f"rank {job.rank} is above the smaller side of {clipped} matrices"
         if clipped:
-            yield f"rank {job.rank} is above the smaller side of {clipped} matrices and is clipped to it there"
+            factors = work.code.linear in ("lora", "nf4", "low-rank")
+            yield (
+                f"{where}; factors of that rank are larger than the matrix"
+                if factors
+                else f"{where}, where it is clipped"
+            )
     yield from work.code.notes
 
 

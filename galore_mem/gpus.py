@@ -85,6 +85,8 @@ def gpu(text: str) -> Gpu:
     if text[:1].isdigit():
         capacity = parse_bytes(text)
         if capacity < GIB // 4:
-            raise InputError(f"--gpu {text} is {format_bytes(capacity)}; a card has at least 0.25 GiB (24GiB, 80GB)")
+            meant = [g for g in GPUS if text.strip().lower() in g]
+            hint = f"did you mean {', '.join(meant)}?" if meant else "give a capacity such as 24GiB"
+            raise InputError(f"--gpu {text} would be a card of {format_bytes(capacity)}; {hint}")
         return Gpu(text, capacity, None, DEFAULT_CONTEXT.context, TYPICAL)
     raise unknown("GPU", text, GPUS)

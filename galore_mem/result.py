@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from galore_mem.ledger import Entry
-from galore_mem.memory.kept import Kept
+from galore_mem.memory.kept import KeptTensor
 from galore_mem.memory.tape import CATEGORIES, Bytes
 
 ESTIMATE_SCHEMA = "galore-mem.estimate/1"
@@ -79,7 +79,7 @@ class Estimate:
     not_counted: tuple[str, ...]
     equations: Mapping[str, str] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[KeptTensor, ...] = ()
     peak_reserved_bytes: int | None = None
 
     @property
@@ -137,12 +137,13 @@ def entry_json(entry: Entry) -> dict[str, Any]:
     }
 
 
-def kept_json(kept: Kept) -> dict[str, Any]:
+def kept_json(kept: KeptTensor) -> dict[str, Any]:
     return {
         "operations": list(kept.operations),
         "shape": list(kept.shape),
         "dtype": kept.dtype.name,
         "bytes": kept.nbytes,
+        "shared": kept.shared,
     }
 
 

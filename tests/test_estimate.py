@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,46 @@ def test_csv_markdown_tensors_and_explanation(tmp_path: Path) -> None:
     assert json.loads(target.read_text())["schema"] == "galore-mem.estimate/1"
 
 
+def test_output_goes_through_links_and_into_pipes(tmp_path: Path) -> None:
+    """A link keeps pointing to its file; a pipe stays a pipe; a new file obeys the umask."""
+    words = ("estimate", "-m", "llama-60m", "--method", "adamw", "-f", "csv", "-o")
+    real, link, pipe = tmp_path / "real.csv", tmp_path / "link.csv", tmp_path / "pipe"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    assert cli(*words, str(link)).returncode == 0
+    assert link.is_symlink()
+    assert real.read_text().startswith("model,")
+    assert real.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    assert cli(*words, str(pipe)).returncode == 0
+    assert reader.communicate(timeout=30)[0].startswith("model,")
+    assert pipe.is_fifo()
+    assert {p.name for p in tmp_path.iterdir()} == {"real.csv", "link.csv", "pipe"}  # nothing left behind
+
+
+def test_output_that_cannot_be_encoded_is_written_plainly() -> None:
+    done = subprocess.run(
+        [COMMAND, "estimate", "-m", "llama-60m", "--method", "adamw"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0
+    assert b"# weights  = gradients" in done.stdout
+
+
+def test_all_linear_leaves_the_head_alone() -> None:
+    found = answer("--model", "llama-60m", "--target", "all-linear", "--method", "galore")["model"]
+    assert found["parameters_projected"] == 25_296_896  # 8 x (4 x 512 x 512 + 3 x 512 x 1376)
+
+
+def test_a_method_that_cannot_handle_the_model_is_named() -> None:
+    found = answer("--model", "bert-base-uncased", "--implementation", "all")
+    assert any(u["implementation"] == "adam-mini" and u["reason"] for u in found["unsupported"])
+
+
 # -- misuse ------------------------------------------------------------------------------------------
 
 
@@ -212,6 +253,11 @@ def test_csv_markdown_tensors_and_explanation(tmp_path: Path) -> None:
         (["--model", "llama-7b", "--layerwise", "--keep-gradients"], "excludes --keep-gradients"),
         (["--model", "llama-7b", "--attention", "flash", "--recipe", "fp32"], "flash attention needs"),
         (["--model", "llama-7b", "--output", "/nonexistent/folder/file"], "cannot write"),
+        (["--model", "llama-7b", "--target", ","], "--target names no linear layer"),
+        (["--model", "llama-7b", "--gpu", "24GiB", "--device", "cpu"], "--gpu asks about a card"),
+        (["--model", "llama-7b", "--gpu", "4090"], "did you mean rtx-4090"),
+        (["--model", "bert-base-uncased", "--implementation", "adam-mini"], "no method can answer: adam-mini"),
+        (["--model", "llama-60m", "--method", "lora", "--target", "lm_head", "--loss", "fused"], "take the head out"),
         (["--model", "llama-7b", "--batch-size", "many"], "Invalid value for '--batch-size'"),
         (["--model", "llama-7b", "--no-such-option"], "--no-such-option"),
         ([], "--model"),

@@ -106,6 +106,35 @@ def test_components_sum_to_the_peak(method: object, code: object, setup: str) ->
     assert made.peak_allocated_bytes >= resident
 
 
+# q-galore-torch swaps its weights' codes and 8-bit GaLore its gradients while it steps
+SWAPS = {"q-galore-torch", "galore-torch"}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(("method", "code"), CODES, ids=NAMES)
+def test_state_is_there_in_every_phase_after_load(method: object, code: object, setup: str) -> None:
+    """In steady state the optimizer's tensors, and a master copy, exist from the first forward pass on."""
+    chosen = SETUPS[setup]
+    if chosen.layerwise and not code.layerwise:  # type: ignore[attr-defined]
+        chosen = replace(chosen, layerwise=False)
+    values = given_for(method, {"rank": 16})  # type: ignore[arg-type]
+    made = budget(Case(small(layers=6), chosen, method, code, None, values))  # type: ignore[arg-type]
+    for phase in made.phases:
+        if phase.name == "load":
+            assert phase.components[2] == 0
+        elif code.name not in SWAPS:  # type: ignore[attr-defined]
+            assert phase.components[2] >= made.optimizer_state_bytes, phase.name
+
+
+def test_kept_logits_lie_there_in_the_step() -> None:
+    """batch x length x vocabulary in bfloat16: 1 x 256 x 4096 x 2 bytes."""
+    plain, kept = (
+        estimate(small(), ["adamw"], setup=Setup(seq_len=256, keep_logits=keep)).estimates[0] for keep in (False, True)
+    )
+    steps = [next(p for p in e.phases if p.name == "step").allocated_bytes for e in (plain, kept)]
+    assert steps[1] - steps[0] == 256 * 4096 * 2
+
+
 def test_residents_at_step_are_the_ledger() -> None:
     """On the CPU, where nothing is rounded, the step's weights, gradients and state are the tensors' exact sums."""
     setup = replace(SETUPS["eager-fp32"], device="cpu")

@@ -65,7 +65,8 @@ def main() -> None:
     except InputError as error:
         code = _fail(str(error))
     except USAGE_ERROR as error:
-        code = _fail(f"{error.format_message()} (see galore-mem --help)")
+        message = error.format_message()
+        code = _fail(f"{message} (see galore-mem --help)") if message else 0  # no arguments: help has been shown
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:  # the reader (head, less) has seen enough

@@ -84,7 +84,7 @@ def command(
 ) -> int:
     """Memory per method: weights, gradients, optimizer state, activations, temporaries, and the peak.
 
-    Exit code 1: a single method was asked for, with --gpu, and it does not fit.
+    Exit code 1: methods were named, with --gpu, and none of them fits.
     """
     check_format(format)
     from galore_mem.estimator import default_seq_len, estimate

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import typer
 
 from galore_mem.errors import InputError, unknown
 
@@ -29,17 +28,58 @@ def dump_json(data: Any) -> str:
 def write(text: str, output: Path | None) -> None:
     """Prints the text, or puts it into the file, whole or not at all. Raises `InputError` if that cannot be done."""
     if output is None:
-        typer.echo(text, nl=False)
+        _print(text)
         return
     try:
-        handle, name = tempfile.mkstemp(dir=output.parent or Path(), prefix=f".{output.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, output)
-        except BaseException:
-            os.unlink(name)
-            raise
+        target = Path(os.path.realpath(output))
+        if str(output) == "" or target.is_dir():
+            raise InputError(f"cannot write {str(output)!r}: not a file")
+        if target.exists() and not target.is_file():  # a pipe or a device is written to, never replaced
+            target.write_text(text, encoding="utf-8")
+        else:
+            _replace(target, text)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}") from None
+
+
+def _replace(target: Path, text: str) -> None:
+    """Writes a file beside the target and puts it in its place, with the mode that the target has or would get."""
+    mode = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, mode)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+PLAIN = str.maketrans({"█": "#", "▓": "=", "▒": "+", "░": ".", "·": "-", "×": "x", "−": "-"})
+
+
+def _print(text: str) -> None:
+    """Standard output, in the characters it can take."""
+    stream = sys.stdout
+    if stream is None:  # closed by the caller
+        raise InputError("standard output is closed; give --output FILE")
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        text = text.translate(PLAIN).encode(encoding, errors="replace").decode(encoding)
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is buffered has nowhere to go
+        raise InputError(f"cannot write to standard output: {error.strerror or error}") from None

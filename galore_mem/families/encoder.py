@@ -38,7 +38,7 @@ def _embed(net: Network, path: str, input_ids: Tensor, position_rows: int) -> Te
         types = ops.expand(net.tape.empty((1, length), INT64), batch, length)  # gathered from a buffer of zeros
     else:
         positions, types = net.tape.empty((batch, length), INT64), net.tape.empty((batch, length), INT64)
-    inputs_embeds = ops.embedding(net.weight(f"{path}.word_embeddings.weight"), input_ids)
+    inputs_embeds = net.embedded(ops.embedding(net.weight(f"{path}.word_embeddings.weight"), input_ids))
     type_embeddings = ops.embedding(net.weight(f"{path}.token_type_embeddings.weight"), types)
     embeddings = ops.add(inputs_embeds, type_embeddings)
     position_embeddings = ops.embedding(net.weight(f"{path}.position_embeddings.weight"), positions)

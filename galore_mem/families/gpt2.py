@@ -112,7 +112,7 @@ def forward(net: Network, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, tu
 
 def _decoder(net: Network, input_ids: Tensor) -> Tensor:
     config = net.config
-    inputs_embeds = ops.embedding(net.weight("transformer.wte.weight"), input_ids)
+    inputs_embeds = net.embedded(ops.embedding(net.weight("transformer.wte.weight"), input_ids))
     position_ids = net.tape.empty((1, input_ids.shape[1]), INT64)
     position_embeds = ops.embedding(net.weight("transformer.wpe.weight"), position_ids)
     hidden_states = ops.add(inputs_embeds, position_embeds)

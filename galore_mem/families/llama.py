@@ -141,7 +141,7 @@ def forward(net: Network, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, tu
 
 
 def _decoder(net: Network, input_ids: Tensor) -> Tensor:
-    inputs_embeds = ops.embedding(net.weight("model.embed_tokens.weight"), input_ids)
+    inputs_embeds = net.embedded(ops.embedding(net.weight("model.embed_tokens.weight"), input_ids))
     mask = causal_mask(net, inputs_embeds, net.config.get("sliding_window"))
     hidden_states = inputs_embeds
     position_ids = net.tape.empty((1, input_ids.shape[1]), INT64)

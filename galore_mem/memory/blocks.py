@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from galore_mem.dtypes import BOOL, FLOAT32, INT64
-from galore_mem.errors import unknown
+from galore_mem.errors import InputError
 from galore_mem.memory import ops
 from galore_mem.memory.attention import sdpa, sdpa_kernel
 from galore_mem.memory.autocast import autocast
@@ -58,7 +58,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation of this name in transformers' ACT2FN. Raises `InputError` where its memory is not described."""
     if name not in ACTIVATIONS:
-        raise unknown("activation with known memory", name, ACTIVATIONS)
+        raise InputError(f"the memory of activation {name!r} is not described; described: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -199,7 +199,7 @@ def language_model_loss(
     return _chunked_loss(rows, head, causal=causal), ()
 
 
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 1024  # rows at a time; libraries that chunk the loss choose theirs between 256 and a few thousand
 
 
 def _chunked_loss(rows: Tensor, head: Callable[[Tensor], Tensor], *, causal: bool) -> Tensor:

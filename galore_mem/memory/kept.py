@@ -13,16 +13,18 @@ from galore_mem.memory.tape import WEIGHTS, Node, Saved, Shape, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A storage that a layer keeps: the operations that saved it (in forward order), a tensor on it, its bytes."""
+class KeptTensor:
+    """A storage that a layer keeps: the operations that saved it (in forward order), a tensor on it, its bytes, and
+    whether other layers keep the same one."""
 
     operations: tuple[str, ...]
     shape: Shape
     dtype: DType
     nbytes: int
+    shared: bool
 
 
-def kept_by_layer(work: Work) -> tuple[Kept, ...]:
+def kept_by_layer(work: Work) -> tuple[KeptTensor, ...]:
     """The storages that a layer in the middle of the model keeps from forward to backward, largest first.
 
     With checkpointing, the layer's input. Weights are not among them. Empty where the forward pass is not known.
@@ -36,13 +38,22 @@ def kept_by_layer(work: Work) -> tuple[Kept, ...]:
     with tape.autocast_region(work.setup.recipe.autocast):
         loss, _ = work.forward(network, network.ids(), network.labels())
     found: dict[int, tuple[list[str], Tensor]] = {}
+    elsewhere: set[int] = set()
     for node in sorted(_nodes(loss), key=lambda n: n.sequence):
-        if node not in tape.leaves and network.where(node.sequence) == min(1, layers - 1):
-            for tensor in _tensors(node):
-                if tensor.storage.category != WEIGHTS:
+        if node in tape.leaves:
+            continue
+        here = network.where(node.sequence) == min(1, layers - 1)
+        for tensor in _tensors(node):
+            if tensor.storage.category != WEIGHTS:
+                if here:
                     names, _ = found.setdefault(id(tensor.storage), ([], tensor))
                     names.append(node.name.removesuffix("Backward"))
-    kept = [Kept(tuple(dict.fromkeys(n)), t.shape, t.dtype, t.storage.nbytes) for n, t in found.values()]
+                elif network.where(node.sequence) in range(layers):
+                    elsewhere.add(id(tensor.storage))
+    kept = [
+        KeptTensor(tuple(dict.fromkeys(names)), t.shape, t.dtype, t.storage.nbytes, key in elsewhere)
+        for key, (names, t) in found.items()
+    ]
     return tuple(sorted(kept, key=lambda k: -k.nbytes))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from galore_mem.dtypes import INT64, NF4, DType
+from galore_mem.errors import InputError
 from galore_mem.memory.checkpoint import checkpoint
 from galore_mem.memory.linears import LINEARS, Layer
 from galore_mem.memory.tape import ACTIVATIONS, WEIGHTS, Parameter, Shape, Tape, Tensor
@@ -81,6 +82,7 @@ class Network:
         self.trained: list[tuple[Trained, Parameter, int | str]] = []
         self._stored: dict[str, list[Parameter]] = {}
         self._linear: dict[str, tuple[str, Layer]] = {}
+        self._inputs: Parameter | None = None
         self._boundaries: list[int] = []
         self._segments: list[int | str] = []
         for block, repeat, position in scaled_blocks(model, layers):
@@ -131,10 +133,13 @@ class Network:
         return [p for found in self._stored.values() for p in found if not p.weight.requires_grad]
 
     def head_weight(self) -> Tensor:
-        """The weight of the language-model head: its own, or the embedding it is tied to."""
-        for row in reversed(list(self._stored)):
-            if row.endswith(("lm_head.weight", "decoder.weight")):
-                return self.weight(row)
+        """The weight of the language-model head: its own, or the embedding it is tied to. Raises `InputError` where a
+        method has put something else in its place."""
+        for name in reversed(list(self._stored)):
+            if name.endswith(("lm_head.weight", "decoder.weight")):
+                if self._linear[name][0] != "dense":
+                    raise InputError("--loss fused needs the head's weight as it is; take the head out of --target")
+                return self.weight(name)
         return self.weight(self.tied_embedding)
 
     @property
@@ -158,6 +163,15 @@ class Network:
     def where(self, sequence: int) -> int | str:
         """The part of the model that was running when the node with this number was recorded."""
         return self._segments[bisect_right(self._boundaries, sequence - 1) - 1]
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """The embeddings as the layers receive them: with checkpointing and a frozen embedding they are made to want a
+        gradient, which then accumulates (peft, enable_input_require_grads)."""
+        if self.setup.gradient_checkpointing and self.tape.grad_enabled and not x.requires_grad:
+            x.requires_grad = True
+            self._inputs = Parameter("inputs_embeds", x)
+            return self._inputs.tensor()
+        return x
 
     def checkpoint(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function(x)`, checkpointed if the setup says so."""

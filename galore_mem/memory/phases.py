@@ -14,7 +14,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from galore_mem.memory.network import AFTER, BEFORE, Forward, Network, States
-from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, Bytes, Node, Parameter, Peak, Segment, Storage, Tape
+from galore_mem.memory.tape import (
+    GRADIENTS,
+    OPTIMIZER_STATE,
+    Bytes,
+    Node,
+    Parameter,
+    Peak,
+    Segment,
+    Storage,
+    Tape,
+    Tensor,
+)
 from galore_mem.methods.base import Implementation, Job, Slot, Slots
 from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec
@@ -140,11 +151,14 @@ def _train(work: Work, layers: int, refresh: bool) -> Run:
     setup, tape = work.setup, work.tape()
     network = work.network(tape, layers)
     tape.mark("load", 0, "all")
+    tape.mark("ready", 0, "all")  # what exists before a step in steady state, and is in no phase of its own
     for _, parameter, _ in network.trained:
         if setup.keep_gradients or setup.gradient_accumulation > 1:
             parameter.grad = tape.empty(parameter.weight.shape, parameter.weight.dtype, GRADIENTS)
-    network.enter("forward", BEFORE)
     resident = _residents(work, tape)
+    if setup.layerwise:
+        resident += _hook(work, network, refresh)
+    network.enter("forward", BEFORE)
     if work.forward is not None:
         ids, labels = network.ids(), network.labels()
         with tape.autocast_region(setup.recipe.autocast):
@@ -152,26 +166,31 @@ def _train(work: Work, layers: int, refresh: bool) -> Run:
         del ids, labels
         if not setup.keep_logits:
             outputs = ()
-        phase = "refresh" if refresh else "backward"
-        position: int | str = AFTER
-        tape.mark(phase, 0, position)
-
-        def follow(node: Node) -> None:
-            nonlocal position
-            if node not in tape.leaves:
-                here = network.where(node.sequence)
-                if here != position:
-                    position = here
-                    tape.mark(phase, 0, position)
-
-        if setup.layerwise:
-            _hook(work, network, refresh)
-        tape.backward(loss, follow)
-        del outputs
-    live = tape.live
-    retained = (0, 0, 0, live[3], live[4])
+        _backward(network, loss, "refresh" if refresh else "backward")
+        live = tape.live  # the loss, and the outputs if they are kept, lie there during the step
+        retained = (0, 0, 0, live[3], live[4])
+        del loss, outputs
+    else:
+        retained = (0, 0, 0, tape.live[3], tape.live[4])
     del resident
     return Run(dict(tape.peaks), retained, frozenset(tape.kernels))
+
+
+def _backward(network: Network, loss: Tensor, phase: str) -> None:
+    """Runs backward, marking where in the model it is."""
+    tape = network.tape
+    position: int | str = AFTER
+    tape.mark(phase, 0, position)
+
+    def follow(node: Node) -> None:
+        nonlocal position
+        if node not in tape.leaves:
+            here = network.where(node.sequence)
+            if here != position:
+                position = here
+                tape.mark(phase, 0, position)
+
+    tape.backward(loss, follow)
 
 
 def _residents(work: Work, tape: Tape) -> list[Storage]:
@@ -183,20 +202,26 @@ def _residents(work: Work, tape: Tape) -> list[Storage]:
     return [tape.bytes(size) for _ in range(CUBLAS_WORKSPACES)]
 
 
-def _hook(work: Work, network: Network, refresh: bool) -> None:
-    """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one."""
-    states = States(work.code, work.job)
+def _hook(work: Work, network: Network, refresh: bool) -> list[Storage]:
+    """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one. Returns what the
+    optimizer keeps beside the states of each parameter."""
+    tape, master, states = network.tape, work.job.recipe.master, States(work.code, work.job)
     for trained, parameter, layer in network.trained:
-        slot = Slot(network.tape, trained, layer, parameter.weight, None)
+        slot = Slot(tape, trained, layer, parameter.weight, None)
+        if master is not None:
+            slot.weight = tape.empty(trained.shape, master, OPTIMIZER_STATE)
         states.give(slot)
 
         def step(parameter: Parameter, slot: Slot = slot) -> None:
             slot.grad, parameter.grad = parameter.grad, None
-            with network.tape.no_grad():
-                work.code.step(Slots(network.tape, [slot], None), work.job, refresh)
+            with tape.no_grad():
+                if master is not None:  # the optimizer works on a gradient in the master copy's format
+                    slot.grad = tape.empty(slot.param.shape, master)
+                work.code.step(Slots(tape, [slot], None), work.job, refresh)
             slot.grad = None
 
         parameter.hook = step
+    return [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in work.code.shared(work.job)]
 
 
 # -- the optimizer's step --------------------------------------------------------------------------

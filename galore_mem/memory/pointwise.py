@@ -15,10 +15,20 @@ def _same(t: Tensor) -> Tensor:
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:
-    """A new tensor for an elementwise result of two operands; the order of dimensions is a's before b's."""
+    """A new tensor for an elementwise result of two operands; the order of dimensions is a's before b's.
+
+    Operands of another format than the result's are converted on the fly on CUDA; on the CPU they are first copied
+    (TensorIterator.cpp, compute_types).
+    """
     shape = a.shape if a.shape == b.shape else broadcast(a.shape, b.shape)
-    dtype = a.dtype if a.dtype is b.dtype else promote_tensors(a, b)
-    return a.tape.empty(shape, dtype, strides=result_strides(shape, a.layout, b.layout))
+    strides = result_strides(shape, a.layout, b.layout)
+    if a.dtype is b.dtype:
+        return a.tape.empty(shape, a.dtype, strides=strides)
+    dtype, tape = promote_tensors(a, b), a.tape
+    copies = [tape.empty(t.shape, dtype) for t in (a, b) if t.dtype is not dtype and tape.device == "cpu"]
+    out = tape.empty(shape, dtype, strides=strides)
+    del copies
+    return out
 
 
 def promote_tensors(a: Tensor, b: Tensor) -> DType:

@@ -37,9 +37,10 @@ def overview(result: EstimateResult) -> Table:
     baseline = next((e for e in result.estimates if e.method == "adamw"), None)
     judged = any(e.fits for e in result.estimates)
     columns = [
-        Column("method"), Column("implementation", drop=4), Column("weights", right=True, drop=2),
-        Column("gradients", right=True, drop=3), Column("state", right=True), Column("peak", right=True), Column("in"),
-        Column("vs adamw", right=True, drop=1), Column("at the peak", colours=dict(zip(GLYPHS, COLOURS, strict=True))),
+        Column("method"), Column("implementation", drop=6), Column("weights", right=True, drop=4),
+        Column("gradients", right=True, drop=5), Column("state", right=True, drop=1), Column("peak", right=True),
+        Column("in"), Column("vs adamw", right=True, drop=3),
+        Column("at the peak", colours=dict(zip(GLYPHS, COLOURS, strict=True)), drop=2),
     ]  # fmt: skip
     if judged:
         columns.append(Column(str(result.setup["gpu"]), colours=VERDICTS))
@@ -151,7 +152,7 @@ def _tensor_csv(result: EstimateResult) -> str:
 def tensor_table(e: Estimate) -> Table:
     """Every persistent tensor of one estimate, one row for tensors that repeat in each layer."""
     columns = (
-        Column("kind"), Column("parameter"), Column("buffer"), Column("shape"), Column("dtype"),
+        Column("kind", drop=2), Column("parameter"), Column("buffer"), Column("shape", drop=1), Column("dtype", drop=3),
         Column("bytes each", right=True), Column("x", right=True), Column("bytes", right=True),
     )  # fmt: skip
     rows = tuple(
@@ -169,17 +170,21 @@ def explanation(e: Estimate) -> Iterator[str]:
     """The equation of each component with the numbers put in (m <= n are the sides of a matrix, r the rank)."""
     given = ", ".join(f"{k} {v}" for k, v in e.hyperparameters.items())
     yield f"{e.method} ({e.implementation}{'; ' + given if given else ''})"
-    for kind in ("weights", "gradients"):
-        yield from _sum_lines(kind, [t for t in e.entries if t.kind == kind])
+    yield from _sum_lines("weights", [t for t in e.entries if t.kind == "weights"])
+    gradients = [t for t in e.entries if t.kind == "gradients"]
     if e.layerwise:
-        yield f"  (layer-wise: at most one gradient at a time, {format_bytes(e.gradients_bytes)})"
+        largest = format_bytes(e.gradients_bytes)
+        yield f"  gradients = {e.gradients_bytes:,} B = {largest}: one at a time, the largest of"
+        yield from _terms(gradients)
+    else:
+        yield from _sum_lines("gradients", gradients)
     state = [t for t in e.entries if t.kind == "optimizer_state" and not t.host]
     yield f"  optimizer_state = {e.optimizer_state_bytes:,} B = {format_bytes(e.optimizer_state_bytes)}"
     for projected, label in ((True, "projected"), (False, "other")):
         part = [t for t in state if t.projected is projected]
         if part:
-            formula = e.equations.get(label)
-            yield f"    {label} parameters" + (f": {formula} elements per m x n matrix" if formula else "")
+            formula = e.equations.get(label) or e.equations.get("other")
+            yield f"    {label} parameters" + (f": {formula} (elements, for each m x n)" if formula else "")
             yield from (f"  {line}" for line in _terms(part))
     for phase in e.phases:
         parts = " + ".join(
@@ -192,11 +197,12 @@ def explanation(e: Estimate) -> Iterator[str]:
         if phase.per_layer is not None and phase.per_layer[3]:
             yield f"    activations grow by {format_bytes(phase.per_layer[3])} ({phase.per_layer[3]:,} B) a layer"
     if e.kept:
-        total = sum(k.nbytes for k in e.kept)
+        total = sum(k.nbytes for k in e.kept if not k.shared)
         yield f"  one layer keeps for backward {total:,} B = {format_bytes(total)}:"
         for k in e.kept:
             shape = " x ".join(map(str, k.shape)) or "scalar"
-            yield f"    {k.nbytes:>13,} B  {k.dtype} {shape}: {', '.join(k.operations)}"
+            shared = " (one for all layers)" if k.shared else ""
+            yield f"    {k.nbytes:>13,} B  {k.dtype} {shape}: {', '.join(k.operations)}{shared}"
     yield from (f"  assumed: {a}" for a in e.assumptions)
     yield from (f"  not counted: {n}" for n in e.not_counted)
 

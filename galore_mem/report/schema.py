@@ -75,7 +75,7 @@ def _estimate() -> Schema:
         assumptions=TEXTS,
         not_counted=TEXTS,
         tensors=_list(tensor),
-        kept_by_layer=_list(_object(operations=TEXTS, shape=_list(BYTES), dtype=TEXT, bytes=BYTES)),
+        kept_by_layer=_list(_object(operations=TEXTS, shape=_list(BYTES), dtype=TEXT, bytes=BYTES, shared=FLAG)),
     )
     model = _object(
         name=TEXT,

@@ -53,9 +53,8 @@ def to_markdown(table: Table) -> str:
 
 def to_terminal(table: Table, *, plain: bool) -> str:
     """The table in aligned columns: drawn by rich with colours on a terminal, as bare text elsewhere (files, pipes)."""
-    if plain or not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        return _aligned(table)
-    return _drawn(table)
+    terminal = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return _drawn(table) if terminal and not plain else _aligned(table)
 
 
 def _aligned(table: Table) -> str:
@@ -79,6 +78,7 @@ def _drawn(table: Table) -> str:
     text = io.StringIO()
     width = os.get_terminal_size(sys.stdout.fileno()).columns
     table = narrowed(table, width)
+    width = max(width, needed_width(table))  # still too wide: lines wrap, no number is cut
     console = Console(file=text, force_terminal=True, width=width, highlight=False)
     drawn = RichTable(
         title=table.title or None,
@@ -106,16 +106,15 @@ def _painted(text: Any, cell: str, column: Column) -> Any:
     return painted
 
 
+def needed_width(table: Table) -> int:
+    """Characters of the table's longest possible line."""
+    return sum(max(len(c.name), *(len(row[i]) for row in table.rows)) + 2 for i, c in enumerate(table.columns)) - 2
+
+
 def narrowed(table: Table, width: int) -> Table:
     """The table without its most dispensable columns, as far as the width asks for it."""
-    columns, rows = list(table.columns), [list(row) for row in table.rows]
-
-    def needed() -> int:
-        return sum(max(len(c.name), *(len(row[i]) for row in rows)) + 2 for i, c in enumerate(columns)) - 2
-
-    while rows and needed() > width and any(c.drop for c in columns):
-        worst = max(range(len(columns)), key=lambda i: columns[i].drop)
-        del columns[worst]
-        for row in rows:
-            del row[worst]
-    return replace(table, columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
+    while table.rows and needed_width(table) > width and any(c.drop for c in table.columns):
+        worst = max(range(len(table.columns)), key=lambda i: table.columns[i].drop)
+        columns = table.columns[:worst] + table.columns[worst + 1 :]
+        table = replace(table, columns=columns, rows=tuple(row[:worst] + row[worst + 1 :] for row in table.rows))
+    return table

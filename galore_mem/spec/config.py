@@ -34,6 +34,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if not isinstance(model_type, str):
         given = f"got {shown(model_type)}" if "model_type" in config else "it is missing"
         raise InputError(f"{source}: model_type must be one of {', '.join(FAMILIES)}; {given}")
+    if config.get("quantization_config"):
+        raise InputError(f"{source}: quantization_config: only models with unquantized weights are described")
     try:
         chosen = family(model_type)
         checked = chosen.Config.model_validate(dict(config))

@@ -123,20 +123,22 @@ def is_target(row: ParamSpec, targets: tuple[str, ...] | None) -> bool:
 
     With no targets: the weight matrices of attention and MLP (GaLore, `torchrun_main.py`: linear modules
     whose name contains attn or mlp). With targets: a linear weight one of whose module names (the dotted
-    parts) equals a target, or `all-linear`.
+    parts) equals a target; `all-linear` means every linear but the head (as peft does).
     """
     if not row.is_matrix_of_linear:
         return False
     if targets is None:
         return row.role in DEFAULT_TARGET_ROLES
     parts = row.module_path.split(".")
-    return any(t == "all-linear" or t in parts for t in targets)
+    return any(t in parts or (t == "all-linear" and row.role is not Role.HEAD) for t in targets)
 
 
 def check_targets(model: ModelSpec, targets: tuple[str, ...] | None) -> None:
     """Raises `InputError` when a target names no linear weight of the model, listing those it has."""
     if targets is None:
         return
+    if not targets:
+        raise InputError("--target names no linear layer; leave it out for attention and MLP")
     linears = [row for row, _ in model.groups() if row.is_matrix_of_linear]
     for target in targets:
         if not any(is_target(row, (target,)) for row in linears):
