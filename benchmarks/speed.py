@@ -32,10 +32,10 @@ LLAMA_7B = {
 ACCELERATE = """
 import sys
 from types import SimpleNamespace
-from accelerate.commands import estimate
+from accelerate.commands import accelerate_cli, estimate
 estimate.verify_on_hub = lambda repo, token=None: SimpleNamespace(library_name="transformers", config={})
-sys.argv = ["accelerate-estimate-memory", sys.argv[1], "--library_name", "transformers"]
-estimate.main()
+sys.argv = ["accelerate", "estimate-memory", sys.argv[1], "--library_name", "transformers"]
+accelerate_cli.main()
 """
 
 

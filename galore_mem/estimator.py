@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from galore_mem._version import __version__
 from galore_mem.errors import InputError, unknown
@@ -77,8 +77,7 @@ def estimate(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(NamedTuple):
     """One method under one implementation (or the paper's counting), for one model and setup."""
 
     model: ModelSpec
@@ -267,9 +266,7 @@ def _whole(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]) 
     passed = cache[key] if key in cache else cache.setdefault(key, training(work))
     state = sum(round_up(e.nbytes, grain) * e.repeat for e in entries if e.kind == "optimizer_state" and not e.host)
     peaks = {name: m if name == "load" else m.plus((0, 0, state, 0, 0)) for name, m in passed.peaks.items()}
-    peaks["step"] = stepping(work, refresh=False).plus(passed.retained)
-    if code.refreshes:
-        peaks["refresh"] = stepping(work, refresh=True).plus(passed.retained)
+    peaks |= {name: m.plus(passed.retained) for name, m in stepping(work).peaks.items()}
     return replace(passed, peaks=peaks)
 
 

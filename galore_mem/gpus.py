@@ -7,14 +7,13 @@ in such messages (process in use - allocated - cached).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from galore_mem.errors import InputError, unknown
 from galore_mem.units import GIB, format_bytes, parse_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A card: bytes available to a process, compute capability, and the CUDA context's bytes with their evidence."""
 
     name: str
@@ -33,8 +32,7 @@ def _gib(x: float) -> int:
     return round(x * 100) * GIB // 100
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     name: str
     gib: float
     capability: tuple[int, int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from galore_mem.dtypes import DType
 from galore_mem.memory.network import trained_as
@@ -12,8 +12,7 @@ from galore_mem.methods.base import Implementation, Job
 from galore_mem.spec.model import ModelSpec, is_target
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor and how often it occurs (`param` has `{i}` where it occurs once a layer).
 
     `nbytes` is what one of them keeps alive; `kind` is weights, gradients or optimizer_state; tensors in host

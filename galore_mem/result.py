@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from galore_mem.ledger import Entry
 from galore_mem.memory.kept import KeptTensor
@@ -13,8 +13,7 @@ from galore_mem.memory.tape import CATEGORIES, Bytes
 ESTIMATE_SCHEMA = "galore-mem.estimate/1"
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(NamedTuple):
     """The highest moment of one phase; the components sum to `allocated_bytes`.
 
     `per_layer` is what one more layer would add to each component, where it is known.
@@ -36,8 +35,7 @@ class Phase:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(NamedTuple):
     """Does it fit the card? `tight`: with less room than `MARGIN` of what is needed."""
 
     gpu: str
@@ -147,8 +145,7 @@ def kept_json(kept: KeptTensor) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
+class Unsupported(NamedTuple):
     """A method that cannot handle the model or the setup, and why."""
 
     method: str

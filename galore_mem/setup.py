@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from galore_mem.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from galore_mem.errors import InputError, unknown
@@ -16,8 +17,7 @@ TRANSFORMERS = ("4.57", "5.23")
 TORCH = ("2.13", "2.14")
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(NamedTuple):
     """Which format the weights, the master copy and the autocast region use.
 
     Gradients have the weights' format. With a `master` copy the optimizer holds, and works on, a

@@ -71,9 +71,20 @@ def test_steps_of_shallow_runs_equal_the_full_depth(
     method: object, code: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = work(small(), SETUPS["plain"], method.name, code.name, rank=16)  # type: ignore[attr-defined]
-    extrapolated = [stepping(one, refresh).live for refresh in (False, True)]
+    extrapolated = {name: m.live for name, m in stepping(one).peaks.items()}
     monkeypatch.setattr(phases, "SHALLOW", 99)
-    assert extrapolated == [stepping(one, refresh).live for refresh in (False, True)]
+    assert extrapolated == {name: m.live for name, m in stepping(one).peaks.items()}
+    assert set(extrapolated) == ({"step", "refresh"} if code.refreshes else {"step"})  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-8bit", "galore-mini", "q-galore", "lora", "qlora", "low-rank"])
+@pytest.mark.parametrize("setup", ["layerwise", "checkpointing", "amp"])
+def test_other_stores_and_hooks_equal_the_full_depth(name: str, setup: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = work(small(), SETUPS[setup], name, rank=16)
+    passes = (False, True) if SETUPS[setup].layerwise else (False,)
+    extrapolated = [{k: m.live for k, m in training(one, refresh).peaks.items()} for refresh in passes]
+    monkeypatch.setattr(phases, "SHALLOW", 99)
+    assert extrapolated == [{k: m.live for k, m in training(one, refresh).peaks.items()} for refresh in passes]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 40])

@@ -72,6 +72,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    gc.freeze()  # nor is there anything to look for on the way out
     sys.exit(code if isinstance(code, int) else 0)
 
 

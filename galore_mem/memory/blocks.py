@@ -7,7 +7,7 @@ the names in the code it stands for (transformers 5.23; differences of 4.57 are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from galore_mem.dtypes import BOOL, FLOAT32, INT64
 from galore_mem.errors import InputError
@@ -20,8 +20,7 @@ from galore_mem.memory.network import Network
 from galore_mem.memory.tape import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(NamedTuple):
     """What a version of transformers materialises.
 
     `causal_mask_with_sdpa`: a causal mask is built for sdpa although `is_causal` would do (4.57:
@@ -32,8 +31,7 @@ class Stack:
     causal_mask_with_sdpa: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Torch:
+class Torch(NamedTuple):
     """What a version of torch does differently. `efficient_groups`: memory-efficient attention takes fewer key heads
     than query heads; before, such a call falls back to the composite form with its materialised scores."""
 

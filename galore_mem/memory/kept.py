@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from galore_mem.dtypes import DType
 from galore_mem.memory.checkpoint import Promise
 from galore_mem.memory.network import BEFORE
-from galore_mem.memory.phases import SHALLOW, Work
+from galore_mem.memory.phases import Work
 from galore_mem.memory.tape import WEIGHTS, Node, Saved, Shape, Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class KeptTensor:
+class KeptTensor(NamedTuple):
     """A storage that a layer keeps: the operations that saved it (in forward order), a tensor on it, its bytes, and
     whether other layers keep the same one."""
 
@@ -31,7 +30,7 @@ def kept_by_layer(work: Work) -> tuple[KeptTensor, ...]:
     """
     if work.forward is None:
         return ()
-    layers = min(work.model.num_layers, SHALLOW)
+    layers = min(work.model.num_layers, 3)
     tape = work.tape()
     network = work.network(tape, layers)
     network.enter("forward", BEFORE)

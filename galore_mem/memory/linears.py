@@ -6,15 +6,14 @@ Each function receives the layer, its input, the tensors of `Implementation.stor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from galore_mem.dtypes import DType
 from galore_mem.memory.ops import add, clone, conv1d, linear, reshape, scale, to, view
 from galore_mem.memory.tape import Grads, Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """A linear layer: its number of output features, the format that the recipe computes in, and whether its weight is
     stored in x out (GPT-2's Conv1D)."""
 

@@ -1,15 +1,14 @@
 """A model laid out on a tape: its parameters, as an implementation stores them, and its layers.
 
 `Network` is what a family's `forward` is written against. It expands the model to a chosen number of
-layers; see `galore_mem.memory.phases` for why three and four are enough for any depth.
+layers; see `galore_mem.memory.phases` for why two and three are enough for any depth.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from galore_mem.dtypes import INT64, NF4, DType
 from galore_mem.errors import InputError
@@ -36,8 +35,7 @@ def scaled_blocks(model: ModelSpec, layers: int) -> Iterator[tuple[Block, int, i
             yield block, block.repeat, position
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A template row with the tensors it is stored as, each with what the optimizer sees of it (None: frozen)."""
 
     spec: ParamSpec

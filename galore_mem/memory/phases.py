@@ -1,17 +1,19 @@
 """One training step, phase by phase, for a model of any depth from two shallow runs.
 
-A model is a stack of identical layers between a beginning and an end. Where the program is inside layer i
-of L, the live bytes are those of a run at another depth plus a multiple of the bytes each layer leaves
-behind: affine in L and in i. So the highest moment of a phase, over all layers, is at the first or second
-or last or last but one layer (an affine function of i is largest at an end), and each of these is affine in
-L. Runs with three and four layers give all of them, and the result equals a run at full depth to the byte
-(`tests/test_phases.py`).
+A model is a stack of identical layers between a beginning and an end. A program goes through the layers in one
+direction, and what happens in a layer depends on the layers before it, not on those to come. So from the second layer
+that it meets to the last, the live bytes inside a layer are those of a run at another depth plus a multiple of what
+each layer leaves behind: affine in the layer's number and in the depth. An affine function is highest at an end: the
+highest moment of a phase is in the first, the second or the last layer that the program meets (or outside the layers),
+and each of these is affine in the depth. Runs with two and three layers give all of them, and the result equals a run
+at full depth to the byte (`tests/test_phases.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from galore_mem.memory.network import AFTER, BEFORE, Forward, Network, States
 from galore_mem.memory.tape import (
@@ -31,7 +33,7 @@ from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec
 
 PHASES = ("load", "forward", "loss", "backward", "step", "refresh")
-SHALLOW = 3  # layers of the shallower of the two runs
+SHALLOW = 2  # layers of the shallower of the two runs
 
 # cuBLAS keeps one workspace per handle; the forward and the autograd thread have one each, for the life of
 # the process (aten/src/ATen/cuda/CublasHandlePool.cpp: 2 x 4096 + 8 x 16 KiB; 32 MiB from Hopper on).
@@ -39,8 +41,7 @@ CUBLAS_WORKSPACES = 2
 CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER = 8_519_680, 33_554_432
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What a run needs to know: the model, how it is trained, and the code that trains it."""
 
     model: ModelSpec
@@ -58,11 +59,10 @@ class Work:
 
 
 NOTHING: Bytes = (0, 0, 0, 0, 0)
-Profile = dict[tuple[str, int, str | int, int], Bytes]
+Profile = dict[tuple[str, int, str, int], Bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """The live bytes by category at one moment, and what one more layer would add to them (None: not known)."""
 
     live: Bytes
@@ -83,8 +83,7 @@ class Phases:
     kernels: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One run at one depth: the highest moment of each segment, and the rest as in `Phases`."""
 
     peaks: Mapping[Segment, Peak]
@@ -96,14 +95,15 @@ def plus(a: Bytes, b: Bytes) -> Bytes:
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4])
 
 
-def at_depth(run: Callable[[int], Run], depth: int) -> Phases:
-    """Phases of a model with `depth` layers, from `run(layers)` at that depth or at two shallower ones."""
+def at_depth(run: Callable[[int], Run], depth: int, descending: Sequence[str] = ()) -> Phases:
+    """Phases of a model with `depth` layers, from `run(layers)` at that depth or at two shallower ones; `descending`
+    names the phases that meet the last layer first."""
     if depth <= SHALLOW + 1:
         one = run(depth)
         moments = ((segment[0], Moment(peak.live)) for segment, peak in one.peaks.items())
         return Phases(_highest(moments), one.retained, one.kernels)
     low, high = run(SHALLOW), run(SHALLOW + 1)
-    a, b = _by_position(low.peaks, SHALLOW), _by_position(high.peaks, SHALLOW + 1)
+    a, b = _by_position(low.peaks, SHALLOW, descending), _by_position(high.peaks, SHALLOW + 1, descending)
     assert a.keys() == b.keys(), "the program takes another path at another depth"
     extra = depth - SHALLOW
     moments = ((key[0], _affine(a[key], b[key], extra)) for key in a)
@@ -115,17 +115,18 @@ def _affine(a: Bytes, b: Bytes, extra: int) -> Moment:
     return Moment(plus(a, (extra * step[0], extra * step[1], extra * step[2], extra * step[3], extra * step[4])), step)
 
 
-def _by_position(peaks: Mapping[Segment, Peak], layers: int) -> Profile:
-    """Segments named by their distance from the first or the last layer, so that depths can be compared."""
+def _by_position(peaks: Mapping[Segment, Peak], layers: int, descending: Sequence[str]) -> Profile:
+    """Segments by how many layers the program has met before, so that depths can be compared."""
     found: Profile = {}
     for (phase, stage, where), peak in peaks.items():
         if isinstance(where, str):
             found[phase, stage, where, 0] = peak.live
             continue
-        if where < 2:
-            found[phase, stage, "front", where] = peak.live
-        if where >= layers - 2:
-            found[phase, stage, "back", layers - 1 - where] = peak.live
+        met = layers - 1 - where if phase in descending else where
+        if met < 2:
+            found[phase, stage, "first", met] = peak.live
+        if met == layers - 1:
+            found[phase, stage, "last", 0] = peak.live
     return found
 
 
@@ -144,7 +145,8 @@ def _highest(moments: Iterable[tuple[str, Moment]]) -> dict[str, Moment]:
 def training(work: Work, refresh: bool = False) -> Phases:
     """Load, forward, loss and backward. With layer-wise update the optimizer's steps run inside backward (and its
     states are counted); with `refresh` those steps renew their projectors, and the phase is named so."""
-    return at_depth(lambda layers: _train(work, layers, refresh), work.model.num_layers)
+    backward = ("refresh" if refresh else "backward",)
+    return at_depth(lambda layers: _train(work, layers, refresh), work.model.num_layers, backward)
 
 
 def _train(work: Work, layers: int, refresh: bool) -> Run:
@@ -227,33 +229,55 @@ def _hook(work: Work, network: Network, refresh: bool) -> list[Storage]:
 # -- the optimizer's step --------------------------------------------------------------------------
 
 
-def stepping(work: Work, refresh: bool) -> Moment:
-    """The highest moment of `optimizer.step()` over all parameters: weights, gradients, state and temporaries."""
-    phases = at_depth(lambda layers: _step(work, layers, refresh), work.model.num_layers)
-    return phases.peaks["step"]
+def stepping(work: Work) -> Phases:
+    """The highest moment of `optimizer.step()` over all parameters, and of a step that renews projectors where there is
+    one (`step`, `refresh`): weights, gradients, state and temporaries."""
+    return at_depth(lambda layers: _step(work, layers), work.model.num_layers)
 
 
-def _step(work: Work, layers: int, refresh: bool) -> Run:
+def _step(work: Work, layers: int) -> Run:
     tape = work.tape()
     tape.grad_enabled = False
-    network = work.network(tape, layers)
-    shared = [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in work.code.shared(work.job)]
-    slots, narrow, states = [], [], States(work.code, work.job)
+    code, job = work.code, work.job
+    shared = [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in code.shared(job)]
+    slots, rest = _slots(work, tape, layers)
+    before = [slot.layout() for slot in slots]
+    _run_step(work, Slots(tape, slots, "step"), refresh=False)
+    if code.refreshes:
+        if before != [slot.layout() for slot in slots]:  # the program has replaced tensors by others
+            slots.clear()
+            slots, rest = _slots(work, tape, layers)
+        _run_step(work, Slots(tape, slots, "refresh"), refresh=True)
+    del shared, rest
+    return Run(dict(tape.peaks))
+
+
+def _slots(work: Work, tape: Tape, layers: int) -> tuple[list[Slot], list[object]]:
+    """The optimizer's view of the model in steady state, and what else lies there: frozen weights, and the narrow
+    weights and gradients that a master copy stands for. Nothing else holds a slot's tensors: programs replace them.
+    """
+    network, states, master = work.network(tape, layers), States(work.code, work.job), work.job.recipe.master
+    rest: list[object] = list(network.frozen())
+    slots = []
     for trained, parameter, layer in network.trained:
-        grad = tape.empty(parameter.weight.shape, parameter.weight.dtype, GRADIENTS)
-        slot = Slot(tape, trained, layer, parameter.weight, grad)
-        if work.job.recipe.master is not None:
-            narrow.append((parameter.weight, grad))
-            slot.weight = tape.empty(trained.shape, trained.dtype, OPTIMIZER_STATE)
-        del parameter, grad
+        weight = parameter.weight
+        grad = tape.empty(weight.shape, weight.dtype, GRADIENTS)
+        if master is not None:
+            rest += weight, grad
+            weight = tape.empty(trained.shape, master, OPTIMIZER_STATE)
+        slot = Slot(tape, trained, layer, weight, None if master is not None else grad)
         states.give(slot)
         slots.append(slot)
-    frozen = network.frozen()
-    del network  # a program may replace weights and gradients: nothing else may hold them
-    tape.mark("step", 0, "all")
-    if work.job.recipe.master is not None:  # the optimizer works on gradients in the master copy's format
-        for slot in slots:
-            slot.grad = tape.empty(slot.param.shape, slot.param.dtype)
-    work.code.step(Slots(tape, slots, "step"), work.job, refresh)
-    del shared, narrow, frozen
-    return Run(dict(tape.peaks))
+    return slots, rest
+
+
+def _run_step(work: Work, slots: Slots, *, refresh: bool) -> None:
+    master = work.job.recipe.master
+    slots.begin()
+    if master is not None:  # the optimizer works on gradients in the master copy's format
+        for slot in slots.unmarked():
+            slot.grad = slots.tape.empty(slot.param.shape, master)
+    work.code.step(slots, work.job, refresh)
+    if master is not None:
+        for slot in slots.unmarked():
+            slot.grad = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -117,8 +118,7 @@ class Tape:
 
     def nbytes(self, shape: Iterable[int], dtype: DType) -> int:
         """What the allocator takes for a dense tensor: its bytes, rounded up to the allocator's granularity."""
-        n = dtype.nbytes(shape)
-        return -(-n // self.granularity) * self.granularity
+        return -(prod(shape) * dtype.bits // -8 // self.granularity) * self.granularity
 
     def empty(self, shape: Shape, dtype: DType, category: int = TEMPORARIES, strides: Shape | None = None) -> Tensor:
         """A new tensor with a storage of its own."""

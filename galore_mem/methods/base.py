@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 from galore_mem.dtypes import DType
 from galore_mem.errors import InputError, unknown
@@ -25,8 +26,7 @@ PAPER = "paper"
 MOST = 2**31 - 1  # of any hyperparameter
 
 
-@dataclass(frozen=True, slots=True)
-class Citation:
+class Citation(NamedTuple):
     """Where a method is described."""
 
     title: str
@@ -83,8 +83,7 @@ class Buffer:
         return self.dtype.nbytes(self.shape) if self.storage_bytes is None else self.storage_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """One tensor of the model as it is stored while training.
 
     `grad` is the format of its gradient, None where it is frozen. `suffix` is added to the parameter's
@@ -170,6 +169,11 @@ class Slot:
         self.grad = grad
         self.state: dict[str, Tensor] = {}
 
+    def layout(self) -> tuple[tuple[str, int], ...]:
+        """Which tensors the slot has, and their bytes."""
+        held = {"weight": self.weight, "grad": self.grad, **self.state}
+        return tuple((name, t.storage.nbytes) for name, t in held.items() if t is not None)
+
     def new(self, shape: Shape, dtype: DType, *alive: object) -> Tensor:
         """A temporary tensor. `alive` are its operands: naming them here keeps them until it exists."""
         return self.tape.empty(shape, dtype)
@@ -204,6 +208,15 @@ class Slots(Sequence[Slot]):
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def begin(self) -> None:
+        """The step starts here."""
+        if self._phase is not None:
+            self.tape.mark(self._phase, 0, "all")
+
+    def unmarked(self) -> Iterator[Slot]:
+        """The parameters without marking the tape."""
+        return iter(self._slots)
 
     def __iter__(self) -> Iterator[Slot]:
         self._stage += 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from galore_mem.errors import InputError
 
@@ -52,8 +52,7 @@ class ParamSpec:
         return self.name.rpartition(".")[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Parameter rows that repeat `repeat` times, one after another, with `{i}` counting from `start`."""
 
     rows: tuple[ParamSpec, ...]
@@ -66,8 +65,7 @@ class Block:
                 yield ParamSpec(row.name.replace("{i}", str(i)), row.shape, row.role, row.module)
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
+class Heads(NamedTuple):
     """Attention geometry that some ledgers need (Adam-mini partitions query and key by head)."""
 
     hidden_size: int

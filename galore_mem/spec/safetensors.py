@@ -8,10 +8,9 @@ after the last tensor. Source: https://github.com/huggingface/safetensors, READM
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from galore_mem.errors import InputError, unknown
 from galore_mem.spec.files import open_file, parse_object, read_object, read_some, shown, shown_path
@@ -27,8 +26,7 @@ _METADATA = "__metadata__"
 _LFS = b"version https://git-lfs"
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """A dtype of the file format: torch's name, bits of an element, and can a parameter be trained in it?"""
 
     name: str
@@ -62,8 +60,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of a checkpoint: its name, its shape and how it is stored."""
 
     name: str
