@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from galore_mem.dtypes import DType
 from galore_mem.memory.checkpoint import Promise
-from galore_mem.memory.network import BEFORE
+from galore_mem.memory.network import BEFORE, Network
 from galore_mem.memory.phases import Work
 from galore_mem.memory.tape import WEIGHTS, Node, Saved, Shape, Tensor
 
@@ -32,7 +32,7 @@ def kept_by_layer(work: Work) -> tuple[KeptTensor, ...]:
         return ()
     layers = min(work.model.num_layers, 3)
     tape = work.tape()
-    network = work.network(tape, layers)
+    network = Network(tape, work.layout(), layers, work.setup)
     network.enter("forward", BEFORE)
     with tape.autocast_region(work.setup.recipe.autocast):
         loss, _ = work.forward(network, network.ids(), network.labels())

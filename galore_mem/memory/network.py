@@ -17,22 +17,9 @@ from galore_mem.memory.linears import LINEARS, Layer
 from galore_mem.memory.tape import ACTIVATIONS, WEIGHTS, Parameter, Shape, Tape, Tensor
 from galore_mem.methods.base import Buffer, Implementation, Job, Slot, Stored, Trained
 from galore_mem.setup import Setup
-from galore_mem.spec.model import Block, ModelSpec, ParamSpec, is_target
+from galore_mem.spec.model import ModelSpec, ParamSpec, is_target
 
 BEFORE, AFTER = "before", "after"
-
-
-def scaled_blocks(model: ModelSpec, layers: int) -> Iterator[tuple[Block, int, int | str]]:
-    """The model's blocks at another depth: (block, repeats, position), position being `BEFORE` or `AFTER` the
-    stack of identical layers, or `-1` for the stack itself (rows are then numbered)."""
-    depth = model.num_layers
-    position: int | str = BEFORE
-    for block in model.blocks:
-        if block.repeat == depth and depth > 1 and position == BEFORE:
-            yield block, layers, -1
-            position = AFTER
-        else:
-            yield block, block.repeat, position
 
 
 class Prepared(NamedTuple):
@@ -57,20 +44,43 @@ class Prepared(NamedTuple):
         return cls(row, kind, layer, tuple(tensors))
 
 
+class Layout:
+    """A model's rows as an implementation stores them, worked out once for every depth."""
+
+    def __init__(self, model: ModelSpec, code: Implementation, job: Job, targets: tuple[str, ...] | None) -> None:
+        self.model = model
+        self.states = States(code, job)
+        self._blocks = [
+            (block, [Prepared.of(row, is_target(row, targets), code, job) for row in block.rows])
+            for block in model.blocks
+        ]
+
+    def rows(self, layers: int) -> Iterator[tuple[Prepared, str, int | str]]:
+        """The rows of the model with that many layers, in order: (row, number for its `{i}`, its layer, or `BEFORE`
+        or `AFTER` where it lies outside the stack of identical layers)."""
+        depth, passed = self.model.num_layers, False
+        for block, rows in self._blocks:
+            stack = block.repeat == depth and depth > 1 and not passed
+            passed = passed or stack
+            outside = AFTER if passed else BEFORE
+            for i in range(layers if stack else block.repeat):
+                for row in rows:
+                    yield row, str(block.start + i), i if stack else outside
+
+
+def place(tape: Tape, stored: Stored) -> Tensor:
+    """A stored tensor on the tape. Operations see a quantized weight in the format of its gradient; its storage has the
+    real size."""
+    storage = tape.bytes(stored.dtype.nbytes(stored.shape), WEIGHTS)
+    return Tensor(storage, stored.shape, stored.grad or stored.dtype, requires_grad=stored.grad is not None)
+
+
 class Network:
     """Parameters on a tape. `trained` lists what the optimizer will see, in its order; layers share an entry's
     `Trained`, whose name has `{i}` for the layer's number."""
 
-    def __init__(
-        self,
-        tape: Tape,
-        model: ModelSpec,
-        layers: int,
-        implementation: Implementation,
-        job: Job,
-        setup: Setup,
-        targets: tuple[str, ...] | None,
-    ) -> None:
+    def __init__(self, tape: Tape, layout: Layout, layers: int, setup: Setup) -> None:
+        model = layout.model
         self.tape = tape
         self.model = model
         self.layer_count = layers
@@ -83,27 +93,17 @@ class Network:
         self._inputs: Parameter | None = None
         self._boundaries: list[int] = []
         self._segments: list[int | str] = []
-        for block, repeat, position in scaled_blocks(model, layers):
-            prepared = [Prepared.of(row, is_target(row, targets), implementation, job) for row in block.rows]
-            for i in range(repeat):
-                for row in prepared:
-                    self._add(row, str(block.start + i), i if position == -1 else position)
+        for row, number, layer in layout.rows(layers):
+            self._add(row, row.spec.name.replace("{i}", number), layer)
 
-    def _add(self, row: Prepared, number: str, layer: int | str) -> None:
-        name = row.spec.name.replace("{i}", number)
+    def _add(self, row: Prepared, name: str, layer: int | str) -> None:
         self._linear[name] = row.kind, row.layer
         found = self._stored[name] = []
         for stored, trained in row.tensors:
-            parameter = self._place(name, stored)
+            parameter = Parameter(name + stored.suffix, place(self.tape, stored))
             found.append(parameter)
             if trained is not None:
                 self.trained.append((trained, parameter, layer))
-
-    def _place(self, name: str, stored: Stored) -> Parameter:
-        storage = self.tape.bytes(stored.dtype.nbytes(stored.shape), WEIGHTS)
-        # operations see a quantized weight in the format of its gradient; its storage has the real size
-        weight = Tensor(storage, stored.shape, stored.grad or stored.dtype, requires_grad=stored.grad is not None)
-        return Parameter(name + stored.suffix, weight)
 
     # -- what families call --------------------------------------------------------------------------
 
@@ -125,10 +125,6 @@ class Network:
         weights = [p.tensor() for p in self._stored[name]]
         kind, layer = self._linear[name]
         return LINEARS[kind](layer, x, weights, added)
-
-    def frozen(self) -> list[Parameter]:
-        """The tensors that are stored but not trained."""
-        return [p for found in self._stored.values() for p in found if not p.weight.requires_grad]
 
     def head_weight(self) -> Tensor:
         """The weight of the language-model head: its own, or the embedding it is tied to. Raises `InputError` where a

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from galore_mem.memory.network import AFTER, BEFORE, Forward, Network, States
+from galore_mem.memory.network import AFTER, BEFORE, Forward, Layout, Network, States, place
 from galore_mem.memory.tape import (
     GRADIENTS,
     OPTIMIZER_STATE,
@@ -51,8 +51,8 @@ class Work(NamedTuple):
     targets: tuple[str, ...] | None
     forward: Forward | None
 
-    def network(self, tape: Tape, layers: int) -> Network:
-        return Network(tape, self.model, layers, self.code, self.job, self.setup, self.targets)
+    def layout(self) -> Layout:
+        return Layout(self.model, self.code, self.job, self.targets)
 
     def tape(self) -> Tape:
         return Tape(self.setup.granularity, self.setup.device)
@@ -146,12 +146,13 @@ def training(work: Work, refresh: bool = False) -> Phases:
     """Load, forward, loss and backward. With layer-wise update the optimizer's steps run inside backward (and its
     states are counted); with `refresh` those steps renew their projectors, and the phase is named so."""
     backward = ("refresh" if refresh else "backward",)
-    return at_depth(lambda layers: _train(work, layers, refresh), work.model.num_layers, backward)
+    layout = work.layout()
+    return at_depth(lambda layers: _train(work, layout, layers, refresh), work.model.num_layers, backward)
 
 
-def _train(work: Work, layers: int, refresh: bool) -> Run:
+def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
     setup, tape = work.setup, work.tape()
-    network = work.network(tape, layers)
+    network = Network(tape, layout, layers, setup)
     tape.mark("load", 0, "all")
     tape.mark("ready", 0, "all")  # what exists before a step in steady state, and is in no phase of its own
     for _, parameter, _ in network.trained:
@@ -159,7 +160,7 @@ def _train(work: Work, layers: int, refresh: bool) -> Run:
             parameter.grad = tape.empty(parameter.weight.shape, parameter.weight.dtype, GRADIENTS)
     resident = _residents(work, tape)
     if setup.layerwise:
-        resident += _hook(work, network, refresh)
+        resident += _hook(work, network, layout.states, refresh)
     network.enter("forward", BEFORE)
     if work.forward is not None:
         ids, labels = network.ids(), network.labels()
@@ -204,10 +205,10 @@ def _residents(work: Work, tape: Tape) -> list[Storage]:
     return [tape.bytes(size) for _ in range(CUBLAS_WORKSPACES)]
 
 
-def _hook(work: Work, network: Network, refresh: bool) -> list[Storage]:
+def _hook(work: Work, network: Network, states: States, refresh: bool) -> list[Storage]:
     """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one. Returns what the
     optimizer keeps beside the states of each parameter."""
-    tape, master, states = network.tape, work.job.recipe.master, States(work.code, work.job)
+    tape, master = network.tape, work.job.recipe.master
     for trained, parameter, layer in network.trained:
         slot = Slot(tape, trained, layer, parameter.weight, None)
         if master is not None:
@@ -232,42 +233,47 @@ def _hook(work: Work, network: Network, refresh: bool) -> list[Storage]:
 def stepping(work: Work) -> Phases:
     """The highest moment of `optimizer.step()` over all parameters, and of a step that renews projectors where there is
     one (`step`, `refresh`): weights, gradients, state and temporaries."""
-    return at_depth(lambda layers: _step(work, layers), work.model.num_layers)
+    layout = work.layout()
+    return at_depth(lambda layers: _step(work, layout, layers), work.model.num_layers)
 
 
-def _step(work: Work, layers: int) -> Run:
+def _step(work: Work, layout: Layout, layers: int) -> Run:
     tape = work.tape()
     tape.grad_enabled = False
     code, job = work.code, work.job
     shared = [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in code.shared(job)]
-    slots, rest = _slots(work, tape, layers)
+    slots, rest = _slots(work, layout, tape, layers)
     before = [slot.layout() for slot in slots]
     _run_step(work, Slots(tape, slots, "step"), refresh=False)
     if code.refreshes:
         if before != [slot.layout() for slot in slots]:  # the program has replaced tensors by others
             slots.clear()
-            slots, rest = _slots(work, tape, layers)
+            slots, rest = _slots(work, layout, tape, layers)
         _run_step(work, Slots(tape, slots, "refresh"), refresh=True)
     del shared, rest
     return Run(dict(tape.peaks))
 
 
-def _slots(work: Work, tape: Tape, layers: int) -> tuple[list[Slot], list[object]]:
+def _slots(work: Work, layout: Layout, tape: Tape, layers: int) -> tuple[list[Slot], list[Tensor]]:
     """The optimizer's view of the model in steady state, and what else lies there: frozen weights, and the narrow
-    weights and gradients that a master copy stands for. Nothing else holds a slot's tensors: programs replace them.
-    """
-    network, states, master = work.network(tape, layers), States(work.code, work.job), work.job.recipe.master
-    rest: list[object] = list(network.frozen())
-    slots = []
-    for trained, parameter, layer in network.trained:
-        weight = parameter.weight
-        grad = tape.empty(weight.shape, weight.dtype, GRADIENTS)
-        if master is not None:
-            rest += weight, grad
-            weight = tape.empty(trained.shape, master, OPTIMIZER_STATE)
-        slot = Slot(tape, trained, layer, weight, None if master is not None else grad)
-        states.give(slot)
-        slots.append(slot)
+    weights and gradients that a master copy stands for. Nothing else holds a slot's tensors: programs replace them."""
+    master = work.job.recipe.master
+    slots: list[Slot] = []
+    rest: list[Tensor] = []
+    for row, _, layer in layout.rows(layers):
+        for stored, trained in row.tensors:
+            weight = place(tape, stored)
+            if trained is None or stored.grad is None:
+                rest.append(weight)
+                continue
+            grad = tape.empty(stored.shape, stored.grad, GRADIENTS)
+            if master is None:
+                slot = Slot(tape, trained, layer, weight, grad)
+            else:
+                rest += weight, grad
+                slot = Slot(tape, trained, layer, tape.empty(trained.shape, master, OPTIMIZER_STATE), None)
+            layout.states.give(slot)
+            slots.append(slot)
     return slots, rest
 
 
