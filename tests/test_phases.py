@@ -66,11 +66,20 @@ def test_two_shallow_runs_equal_the_full_depth(family_name: str, setup: str, mon
     assert extrapolated.retained == full.retained
 
 
+STEPPED = {
+    "plain": SETUPS["plain"],
+    "master": SETUPS["master"],
+    "fp32": SETUPS["eager-fp32"],
+    "cpu": replace(SETUPS["plain"], device="cpu"),
+}
+
+
+@pytest.mark.parametrize("setup", STEPPED)
 @pytest.mark.parametrize(("method", "code"), CODES, ids=NAMES)
 def test_steps_of_shallow_runs_equal_the_full_depth(
-    method: object, code: object, monkeypatch: pytest.MonkeyPatch
+    method: object, code: object, setup: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = work(small(), SETUPS["plain"], method.name, code.name, rank=16)  # type: ignore[attr-defined]
+    one = work(small(), STEPPED[setup], method.name, code.name, rank=16)  # type: ignore[attr-defined]
     extrapolated = {name: m.live for name, m in stepping(one).peaks.items()}
     monkeypatch.setattr(phases, "SHALLOW", 99)
     assert extrapolated == {name: m.live for name, m in stepping(one).peaks.items()}

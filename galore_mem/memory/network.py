@@ -14,10 +14,11 @@ from galore_mem.dtypes import INT64, NF4, DType
 from galore_mem.errors import InputError
 from galore_mem.memory.checkpoint import checkpoint
 from galore_mem.memory.linears import LINEARS, Layer
-from galore_mem.memory.tape import ACTIVATIONS, WEIGHTS, Parameter, Shape, Tape, Tensor
+from galore_mem.memory.tape import ACTIVATIONS, WEIGHTS, Bytes, Parameter, Shape, Tape, Tensor
 from galore_mem.methods.base import Buffer, Implementation, Job, Slot, Stored, Trained
 from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec, ParamSpec, is_target
+from galore_mem.units import round_up
 
 BEFORE, AFTER = "before", "after"
 
@@ -66,6 +67,18 @@ class Layout:
             for i in range(layers if stack else block.repeat):
                 for row in rows:
                     yield row, str(block.start + i), i if stack else outside
+
+    def layer_bytes(self, granularity: int, master: DType | None) -> Bytes:
+        """Bytes of weights, gradients and optimizer state that one more layer has, in the allocator's blocks."""
+        stack = max((b for b in self._blocks), key=lambda b: b[0].repeat)[1]
+        weights = gradients = state = 0
+        for stored, trained in (pair for row in stack for pair in row.tensors):
+            weights += round_up(stored.dtype.nbytes(stored.shape), granularity)
+            if trained is not None and stored.grad is not None:
+                gradients += round_up(stored.grad.nbytes(stored.shape), granularity)
+                state += 0 if master is None else round_up(master.nbytes(stored.shape), granularity)
+                state += sum(round_up(b.nbytes, granularity) for b in self.states.of(trained))
+        return weights, gradients, state, 0, 0
 
 
 def place(tape: Tape, stored: Stored) -> Tensor:
@@ -200,13 +213,17 @@ class States:
         self._code, self._job = code, job
         self._known: dict[int, tuple[Buffer, ...]] = {}
 
-    def give(self, slot: Slot) -> None:
-        """Puts the slot's state on the tape (what lies in host memory takes nothing from the device)."""
-        buffers = self._known.get(id(slot.param))
+    def of(self, param: Trained) -> tuple[Buffer, ...]:
+        """The parameter's tensors on the device (what lies in host memory takes nothing from it)."""
+        buffers = self._known.get(id(param))
         if buffers is None:
-            buffers = tuple(b for b in self._code.state(slot.param, self._job) if not b.host)
-            self._known[id(slot.param)] = buffers
-        for buffer in buffers:
+            buffers = tuple(b for b in self._code.state(param, self._job) if not b.host)
+            self._known[id(param)] = buffers
+        return buffers
+
+    def give(self, slot: Slot) -> None:
+        """Puts the slot's state on the tape."""
+        for buffer in self.of(slot.param):
             slot.keep(buffer)
 
 

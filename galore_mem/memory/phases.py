@@ -111,8 +111,13 @@ def at_depth(run: Callable[[int], Run], depth: int, descending: Sequence[str] = 
 
 
 def _affine(a: Bytes, b: Bytes, extra: int) -> Moment:
-    step = (b[0] - a[0], b[1] - a[1], b[2] - a[2], b[3] - a[3], b[4] - a[4])
-    return Moment(plus(a, (extra * step[0], extra * step[1], extra * step[2], extra * step[3], extra * step[4])), step)
+    return _raised(a, (b[0] - a[0], b[1] - a[1], b[2] - a[2], b[3] - a[3], b[4] - a[4]), extra)
+
+
+def _raised(live: Bytes, step: Bytes, extra: int) -> Moment:
+    """A moment with so many layers more, each adding `step`."""
+    added = (extra * step[0], extra * step[1], extra * step[2], extra * step[3], extra * step[4])
+    return Moment(plus(live, added), step)
 
 
 def _by_position(peaks: Mapping[Segment, Peak], layers: int, descending: Sequence[str]) -> Profile:
@@ -233,8 +238,16 @@ def _hook(work: Work, network: Network, states: States, refresh: bool) -> list[S
 def stepping(work: Work) -> Phases:
     """The highest moment of `optimizer.step()` over all parameters, and of a step that renews projectors where there is
     one (`step`, `refresh`): weights, gradients, state and temporaries."""
-    layout = work.layout()
-    return at_depth(lambda layers: _step(work, layout, layers), work.model.num_layers)
+    layout, depth = work.layout(), work.model.num_layers
+    single = work.code.one_by_one and work.job.recipe.master is None  # with a master, all gradients are widened at once
+    if not single or depth <= SHALLOW + 1:
+        return at_depth(lambda layers: _step(work, layout, layers), depth)
+    run = _step(work, layout, SHALLOW)
+    more = layout.layer_bytes(work.setup.granularity, work.job.recipe.master)
+    moments = (
+        (key[0], _raised(live, more, depth - SHALLOW)) for key, live in _by_position(run.peaks, SHALLOW, ()).items()
+    )
+    return Phases(_highest(moments))
 
 
 def _step(work: Work, layout: Layout, layers: int) -> Run:

@@ -189,6 +189,7 @@ TORCH_LOOP = Implementation(
 )  # fmt: skip
 TORCH_FOREACH = Implementation(
     name="torch-foreach", version="torch 2.13", source="torch/optim/_adafactor.py:_multi_tensor_adafactor",
+    one_by_one=False,
     state=state_torch, step=step_foreach, equations=TORCH_LOOP.equations,
     notes=("foreach makes one update the size of each trained parameter at once",),
     not_counted=TORCH_LOOP.not_counted,

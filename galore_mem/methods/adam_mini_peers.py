@@ -191,6 +191,7 @@ def _update_older(slot: Slot, job: Job) -> None:
 
 PYTORCH_OPTIMIZER = Implementation(
     name="pytorch-optimizer", version="pytorch_optimizer 4.1.0", source="pytorch_optimizer/optimizer/adam_mini.py",
+    one_by_one=False,
     state=state_older, step=step_older, layerwise=False,
     equations={"other": "m·n at 4 bytes (+ m·n for embedding and head; query, key: + heads; else + 1)"},
     notes=(

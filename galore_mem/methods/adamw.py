@@ -42,6 +42,7 @@ def step_loop(slots: Slots, job: Job, refresh: bool) -> None:
 
 FOREACH = Implementation(
     name="torch-foreach", version="torch 2.13", source="torch/optim/adam.py:_multi_tensor_adam",
+    one_by_one=False,
     state=state, step=step_foreach, equations={"other": "2·m·n"},
     notes=("foreach makes one more copy of all trained parameters during the step",),
 )  # fmt: skip

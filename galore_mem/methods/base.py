@@ -257,7 +257,9 @@ class Implementation:
     `version` and `source` name the release and files whose allocations are described. `state` gives the
     persistent tensors of a trained parameter, `shared` those of the optimizer as a whole, `store` how the
     model's weights are kept. `linear` names how the forward pass of a projected layer runs
-    (`galore_mem.memory.linears`). `refreshes` says that some steps renew a projector.
+    (`galore_mem.memory.linears`). `refreshes` says that some steps renew a projector. `one_by_one` says that the step
+    goes through the parameters singly and leaves each with the tensors it had, so that what it holds besides does not
+    grow with the model (one run then tells every depth; a test holds it to that).
     """
 
     name: str
@@ -269,6 +271,7 @@ class Implementation:
     store: StoreRule = dense
     linear: str = "dense"
     refreshes: bool = False
+    one_by_one: bool = True
     layerwise: bool = True
     equations: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -138,6 +138,7 @@ METHOD = Method(
         ),
         Implementation(
             name="pytorch-optimizer", version="pytorch_optimizer 4.1.0", source="pytorch_optimizer/optimizer/came.py",
+            one_by_one=False,
             state=state_foreach, step=step_foreach, equations={"other": "m·n + 2·(m + n); vectors 2·n"},
             notes=("updates and instabilities of all matrices are alive at once: two more copies of the parameters",),
         ),

@@ -152,6 +152,7 @@ GALORE_TORCH = Implementation(
 )  # fmt: skip
 PYTORCH_OPTIMIZER = Implementation(
     name="pytorch-optimizer", version="pytorch_optimizer 4.1.0", source="pytorch_optimizer/optimizer/galore.py",
+    one_by_one=False,
     state=state_copied, step=step_copied, refreshes=True, equations=EQUATIONS,
     notes=("parameters outside the targets are updated together: two more copies of them during the step",),
     not_counted=(SVD_WORKSPACE,),

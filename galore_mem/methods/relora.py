@@ -99,14 +99,15 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="galore-mem", version="galore-mem, torch 2.13", source="galore_mem/optim, torch/optim/adam.py",
-            state=adamw.state, step=step, store=store, linear="lora", refreshes=True, layerwise=False,
+            state=adamw.state, step=step, store=store, linear="lora", refreshes=True,
+            one_by_one=False, layerwise=False,
             equations={"projected": "2·(m·r + n·r) at 4 bytes, weights m·n + m·r + n·r", "other": "2·m·n"},
             notes=("a merge needs both factors of a matrix at once: no layer-wise update",),
         ),
         Implementation(
             name="relora", version="relora 176f376, torch 2.13", source="peft_pretraining/relora.py",
             state=adamw.state, step=step_reference, store=store_reference, linear="lora", refreshes=True,
-            layerwise=False,
+            one_by_one=False, layerwise=False,
             equations={"projected": "2·(m·r + n·r), weights m·n + m·r + n·r", "other": "2·m·n"},
         ),
     ),

@@ -51,6 +51,7 @@ def step_loop(slots: Slots, job: Job, refresh: bool) -> None:
 
 FOREACH = Implementation(
     name="torch-foreach", version="torch 2.13", source="torch/optim/sgd.py:_multi_tensor_sgd",
+    one_by_one=False,
     state=state, step=step_foreach, equations={"other": "m·n"},
     notes=("with weight decay, foreach makes one more copy of all gradients during the step",),
 )  # fmt: skip
