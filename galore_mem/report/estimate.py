@@ -8,7 +8,7 @@ from galore_mem.ledger import Entry
 from galore_mem.memory.tape import CATEGORIES, Bytes
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
 from galore_mem.result import Estimate, EstimateResult
-from galore_mem.units import GIB, format_bytes
+from galore_mem.units import GIB, MIB, format_bytes
 
 GLYPHS = "█▓▒░·"
 COLOURS = ("blue", "magenta", "yellow", "green", "white")
@@ -33,7 +33,7 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
 
 def overview(result: EstimateResult) -> Table:
     """One row a method: residents, the peak with its phase, what it is made of, the verdict."""
-    highest = max((e.peak_allocated_bytes for e in result.estimates), default=0)
+    highest, unit = max(e.peak_allocated_bytes for e in result.estimates), _unit(result)
     baseline = next((e for e in result.estimates if e.method == "adamw"), None)
     judged = any(e.fits for e in result.estimates)
     columns = [
@@ -47,9 +47,9 @@ def overview(result: EstimateResult) -> Table:
     rows = []
     for e in result.estimates:
         mark = "" if e.layerwise == result.setup["layerwise"] else "*"
+        sizes = (e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.peak_allocated_bytes)
         row = [
-            e.method + mark, e.implementation, _gib(e.weights_bytes), _gib(e.gradients_bytes),
-            _gib(e.optimizer_state_bytes), _gib(e.peak_allocated_bytes), e.peak.name, _saving(e, baseline),
+            e.method + mark, e.implementation, *(_amount(n, unit) for n in sizes), e.peak.name, _saving(e, baseline),
             _bar(e.peak.components, highest),
         ]  # fmt: skip
         if judged:
@@ -70,12 +70,13 @@ def _title(result: EstimateResult) -> str:
 
 def _footer(result: EstimateResult) -> Iterator[str]:
     yield LEGEND
-    yield "GiB (2^30 bytes). weights, gradients, state: tensors that stay; peak: torch's allocator, highest phase."
+    unit = "GiB (2^30 bytes)" if _unit(result) == GIB else "MiB (2^20 bytes)"
+    yield f"{unit}. weights, gradients, state: tensors that stay; peak: torch's allocator, highest phase."
     first = result.estimates[0]
     if result.setup["gpu"]:
         outside = format_bytes(first.outside_allocator_bytes)
         yield (
-            f"{result.setup['gpu']}: room left (+) or missing (-) for the peak and {outside} of CUDA context; "
+            f"{result.setup['gpu']}: GiB left (+) or missing (-) for the peak and {outside} of CUDA context; "
             "tight: less than 5 % to spare for fragmentation."
         )
     if any(e.layerwise != result.setup["layerwise"] for e in result.estimates):
@@ -90,8 +91,13 @@ def _footer(result: EstimateResult) -> Iterator[str]:
         yield f"Not counted: {first.not_counted[0]}."
 
 
-def _gib(n: int) -> str:
-    return f"{n / GIB:.2f}" if n >= GIB // 100 or n == 0 else f"{n / GIB:.4f}"
+def _unit(result: EstimateResult) -> int:
+    """GiB, or MiB for a table of small models."""
+    return GIB if max(e.peak_allocated_bytes for e in result.estimates) >= GIB else MIB
+
+
+def _amount(n: int, unit: int) -> str:
+    return f"{n / unit:.2f}" if n >= unit // 100 or n == 0 else f"{n / unit:.4f}"
 
 
 def _saving(e: Estimate, baseline: Estimate | None) -> str:
