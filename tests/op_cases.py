@@ -17,7 +17,6 @@ ROW, HEADS = (B, S, D), (B, S, H, K)
 
 ONEDNN = {"bfloat16": "oneDNN reorders operands into blocked copies"}
 FLOAT_SUM = {"bfloat16": "the CPU's mean casts its operand to float32 (ReduceOps.cpp)"}
-MIXED = {"bfloat16": "CPU kernels take operands of one format (TensorIterator.cpp, compute_types)"}
 PER_THREAD = dict.fromkeys(("float32", "bfloat16"), "LayerNormBackwardKernelImpl: sums of each thread")
 TILES = dict.fromkeys(("float32", "bfloat16"), "cpu/FlashAttentionKernel.cpp: tiles of each thread")
 
@@ -143,7 +142,6 @@ POINTWISE = [
         (ROW, (D,)),
         lambda x, w: x.float() * w,
         lambda x, w: ops.mul(ops.to(x, FLOAT32), w),
-        scratch=MIXED,
     ),
     Case("add", (ROW, ROW), lambda a, b: a + b, ops.add),
     Case("add of one tensor twice", (ROW,), lambda a: a + a, lambda a: ops.add(a, a)),

@@ -100,16 +100,21 @@ def torch_record(case: Case, format: str) -> Record:
 
 
 class RecordingTape(Tape):
-    """Writes down each allocation, leaving out those of at most `ignore` bytes."""
+    """Writes down each allocation, leaving out those of at most `ignore` bytes, and a kernel's own copies of operands
+    where the case leaves out what kernels make and free."""
 
-    def __init__(self, device: str, ignore: int) -> None:
+    def __init__(self, device: str, ignore: int, *, scratch: bool = True) -> None:
         self.ignore = ignore
+        self.scratch = scratch
         self.steps: list[tuple[int, int]] = []
         super().__init__(1, device)
 
     def nbytes(self, shape: Any, dtype: DType) -> int:
         n = super().nbytes(shape, dtype)
         return n if n > self.ignore else 0
+
+    def converted(self, t: Tensor, dtype: DType) -> Tensor | None:
+        return super().converted(t, dtype) if self.scratch else None
 
     def _grow(self, category: int, nbytes: int) -> None:
         super()._grow(category, nbytes)
@@ -138,7 +143,7 @@ def twin_inputs(tape: Tape, case: Case, format: str) -> tuple[list[Parameter], l
 
 def twin_record(case: Case, format: str, tape: RecordingTape | None = None) -> Record:
     """The same from the twin, which must free everything without the help of the garbage collector."""
-    tape = tape or RecordingTape("cpu", NUMBER if case.numbers else 0)
+    tape = tape or RecordingTape("cpu", NUMBER if case.numbers else 0, scratch=format not in case.scratch)
     gc.disable()
     try:
         parameters, inputs = twin_inputs(tape, case, format)

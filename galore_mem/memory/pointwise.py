@@ -25,7 +25,7 @@ def _both(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype is b.dtype:
         return a.tape.empty(shape, a.dtype, strides=strides)
     dtype, tape = promote_tensors(a, b), a.tape
-    copies = [tape.empty(t.shape, dtype) for t in (a, b) if t.dtype is not dtype and tape.device == "cpu"]
+    copies = [tape.converted(t, dtype) for t in (a, b) if t.dtype is not dtype]
     out = tape.empty(shape, dtype, strides=strides)
     del copies
     return out
@@ -45,8 +45,8 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 
     def backward(saved: Kept, grads: Incoming) -> Grads:
         grad = first(grads)
+        grad_b = _both(grad, saved[-1]) if for_b else None  # the generated code works on `other` first
         grad_a = _both(grad, saved[0]) if for_a else None
-        grad_b = _both(grad, saved[-1]) if for_b else None
         return grad_a, grad_b
 
     node = a.tape.node("MulBackward", (a, b), saved, backward)

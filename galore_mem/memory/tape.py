@@ -124,6 +124,10 @@ class Tape:
         """A new tensor with a storage of its own."""
         return Tensor(Storage(self, self.nbytes(shape, dtype), category), shape, dtype, strides)
 
+    def converted(self, t: Tensor, dtype: DType) -> Tensor | None:
+        """The copy of an operand that a kernel makes because it works on one format: on the CPU only."""
+        return self.empty(t.shape, dtype) if self.device == "cpu" else None
+
     def bytes(self, n: int, category: int = TEMPORARIES) -> Storage:
         """n raw bytes (a kernel's workspace)."""
         return Storage(self, -(-n // self.granularity) * self.granularity, category)
