@@ -153,7 +153,11 @@ def test_papers_json_follows_the_published_schema() -> None:
 
 
 def test_models_lists_and_shows() -> None:
-    listed = json.loads(cli("models", "--format", "json").stdout)["models"]
+    data = json.loads(cli("models", "--format", "json").stdout)
+    jsonschema.Draft202012Validator(schema("models")).validate(data)
+    listed = data["models"]
+    one = json.loads(cli("models", "gpt2", "--format", "json").stdout)
+    jsonschema.Draft202012Validator(schema("models")).validate(one)
     assert len(listed) >= 28
     shown = cli("models", "llama-350m").stdout
     assert "367,969,280" in shown

@@ -132,7 +132,24 @@ def _papers() -> Schema:
     return _object(schema={"const": "galore-mem.papers/1"}, cells=_list(cell), tables=_list(table), conventions=reasons)
 
 
-SCHEMAS = {"estimate": _estimate, "papers": _papers}
+def _models() -> Schema:
+    counts: Schema = {"type": "object", "additionalProperties": BYTES}
+    row = _object(name=TEXT, shape=_list(BYTES), role=TEXT, module=TEXT, count=BYTES, parameters=BYTES, projected=FLAG)
+    model = _object(
+        ("rows",),
+        name=TEXT,
+        family=_or_null(TEXT),
+        parameters=BYTES,
+        parameters_projected=BYTES,
+        parameters_by_role=counts,
+        layers=BYTES,
+        source=TEXT,
+        rows=_list(row),
+    )
+    return _object(schema={"const": "galore-mem.models/1"}, models=_list(model))
+
+
+SCHEMAS = {"estimate": _estimate, "models": _models, "papers": _papers}
 
 
 def schema(name: str) -> Schema:
