@@ -13,7 +13,7 @@ from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.ledger import Entry, ledger
 from galore_mem.memory.kept import kept_by_layer
-from galore_mem.memory.phases import Phases, Work, stepping, training
+from galore_mem.memory.phases import CUBLAS_WORKSPACES, Phases, Work, cublas_workspace, stepping, training
 from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Implementation, Job, Method
 from galore_mem.methods.registry import METHODS, method
 from galore_mem.result import Estimate, EstimateResult, Fit, Phase, Unsupported
@@ -123,6 +123,10 @@ def check(
         )
 
 
+OURS = "galore-mem"
+PLANNED = "galore-mem is our own optimizer as specified; its code is not released yet"
+    "galore-mem is our own optimizer as specified: its ledger is measured in the tests, its code is not released yet"
+)
 COMMON = ("rank", "update_proj_gap")  # options of their own, which methods without a projector leave alone
 
 
@@ -284,15 +288,20 @@ def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | 
         "are zeroed and kept)" if setup.keep_gradients else "are None at the start)"
     )
     if work.forward is not None:
-        ran = f" ({', '.join(sorted(kernels))} kernel)" if kernels else ""
         yield (
-            f"eager PyTorch {setup.torch}, transformers {setup.transformers}, attention {setup.attention}{ran}, "
+            f"eager PyTorch {setup.torch}, transformers {setup.transformers}, attention {setup.attention}, "
             f"loss {setup.loss}, "
             + ("non-reentrant checkpointing of each layer" if setup.gradient_checkpointing else "no checkpointing")
         )
+        if kernels:
+            yield f"attention kernel {', '.join(sorted(kernels))}"
     if setup.device == "cuda":
         context = card or DEFAULT_CONTEXT
         yield f"CUDA context {format_bytes(context.context)}: {context.evidence}"
+        yield (
+            f"allocator blocks of {setup.granularity} bytes; {CUBLAS_WORKSPACES} cuBLAS workspaces of "
+            f"{cublas_workspace(setup):,} bytes, among the temporaries"
+        )
     if "rank" in job.hyperparameters:
         clipped = sum(
             repeat for row, repeat in work.model.groups() if is_target(row, work.targets) and job.rank > min(row.shape)
@@ -305,6 +314,8 @@ def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | 
                 if factors
                 else f"{where}, where it is clipped"
             )
+    if work.code.name == OURS:
+        yield PLANNED
     yield from work.code.notes
 
 

@@ -74,7 +74,7 @@ def test_ours(shape: Shape, fmt: str, block: int, monkeypatch: pytest.MonkeyPatc
         return torch.no_grad()(lambda: plain.q_galore(p, state, refresh))
 
     for refresh in (False, True):
-        real = peak_of(lambda refresh=refresh: start(refresh))  # type: ignore[misc]
+        real = peak_of(lambda refresh=refresh: start(refresh))
         assert real == program_peak(code, (given,), fmt, how(), refresh), refresh
     own = {name: t for name, t in state.items() if isinstance(t, torch.Tensor) and not name.startswith("qmap")}
     expected = predicted(code.state(given.trained(fmt), how()))
@@ -90,7 +90,7 @@ def reference(params: list[Any]) -> Any:
     functional = pytest.importorskip("bitsandbytes.functional")
     base = pytest.importorskip("bitsandbytes.optim.optimizer").Optimizer2State
 
-    class Current(package.QGaLoreAdamW8bit):  # type: ignore[misc, name-defined]
+    class Current(package.QGaLoreAdamW8bit):
         def __init__(self, groups: Any) -> None:
             base.__init__(self, "adam", groups, 1e-3, (0.9, 0.999), 1e-8, 0.0, 8)
 
@@ -125,7 +125,7 @@ def test_package(shapes: tuple[Shape, ...], fmt: str, monkeypatch: pytest.Monkey
         return optimizer.step
 
     for steps in (3, 4):
-        real = peak_of(lambda steps=steps: start(steps))  # type: ignore[misc]
+        real = peak_of(lambda steps=steps: start(steps))
         given = tuple(Param(shape) for shape in shapes)
         assert real == program_peak(code, given, fmt, how(), steps == 4), steps
     optimizer = params.pop()

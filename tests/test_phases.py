@@ -79,11 +79,11 @@ STEPPED = {
 def test_steps_of_shallow_runs_equal_the_full_depth(
     method: object, code: object, setup: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = work(small(), STEPPED[setup], method.name, code.name, rank=16)  # type: ignore[attr-defined]
+    one = work(small(), STEPPED[setup], method.name, code.name, rank=16)
     extrapolated = {name: m.live for name, m in stepping(one).peaks.items()}
     monkeypatch.setattr(phases, "SHALLOW", 99)
     assert extrapolated == {name: m.live for name, m in stepping(one).peaks.items()}
-    assert set(extrapolated) == ({"step", "refresh"} if code.refreshes else {"step"})  # type: ignore[attr-defined]
+    assert set(extrapolated) == ({"step", "refresh"} if code.refreshes else {"step"})
 
 
 @pytest.mark.parametrize("name", ["galore", "galore-8bit", "galore-mini", "q-galore", "lora", "qlora", "low-rank"])
@@ -114,10 +114,10 @@ def test_activations_are_affine_in_the_number_of_layers() -> None:
 @pytest.mark.parametrize(("method", "code"), CODES, ids=NAMES)
 def test_components_sum_to_the_peak(method: object, code: object, setup: str) -> None:
     chosen = SETUPS[setup]
-    if chosen.layerwise and not code.layerwise:  # type: ignore[attr-defined]
+    if chosen.layerwise and not code.layerwise:
         chosen = replace(chosen, layerwise=False)
-    values = given_for(method, {"rank": 16})  # type: ignore[arg-type]
-    made = budget(Case(small(layers=6), chosen, method, code, None, values))  # type: ignore[arg-type]
+    values = given_for(method, {"rank": 16})
+    made = budget(Case(small(layers=6), chosen, method, code, None, values))
     assert made.peak_allocated_bytes == max(p.allocated_bytes for p in made.phases)
     for phase in made.phases:
         assert all(isinstance(n, int) and n >= 0 for n in phase.components)
@@ -135,14 +135,14 @@ SWAPS = {"q-galore-torch", "galore-torch"}
 def test_state_is_there_in_every_phase_after_load(method: object, code: object, setup: str) -> None:
     """In steady state the optimizer's tensors, and a master copy, exist from the first forward pass on."""
     chosen = SETUPS[setup]
-    if chosen.layerwise and not code.layerwise:  # type: ignore[attr-defined]
+    if chosen.layerwise and not code.layerwise:
         chosen = replace(chosen, layerwise=False)
-    values = given_for(method, {"rank": 16})  # type: ignore[arg-type]
-    made = budget(Case(small(layers=6), chosen, method, code, None, values))  # type: ignore[arg-type]
+    values = given_for(method, {"rank": 16})
+    made = budget(Case(small(layers=6), chosen, method, code, None, values))
     for phase in made.phases:
         if phase.name == "load":
             assert phase.components[2] == 0
-        elif code.name not in SWAPS:  # type: ignore[attr-defined]
+        elif code.name not in SWAPS:
             assert phase.components[2] >= made.optimizer_state_bytes, phase.name
 
 

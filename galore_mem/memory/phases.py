@@ -201,12 +201,17 @@ def _backward(network: Network, loss: Tensor, phase: str) -> None:
     tape.backward(loss, follow)
 
 
+def cublas_workspace(setup: Setup) -> int:
+    """Bytes of one cuBLAS workspace on the setup's card (a card before Hopper where none is named)."""
+    hopper = setup.compute_capability is not None and setup.compute_capability >= (9, 0)
+    return CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+
+
 def _residents(work: Work, tape: Tape) -> list[Storage]:
     """Workspaces, which a running process has had since its first step."""
     if work.setup.device != "cuda":
         return []
-    hopper = work.setup.compute_capability is not None and work.setup.compute_capability >= (9, 0)
-    size = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+    size = cublas_workspace(work.setup)
     return [tape.bytes(size) for _ in range(CUBLAS_WORKSPACES)]
 
 

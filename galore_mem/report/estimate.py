@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from galore_mem.estimator import OURS, PLANNED
 from galore_mem.ledger import Entry
 from galore_mem.memory.tape import CATEGORIES, Bytes
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
@@ -84,11 +85,26 @@ def _footer(result: EstimateResult) -> Iterator[str]:
         yield f"* {other}."
     common = set.intersection(*(set(e.assumptions) for e in result.estimates))
     yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
+    yield from _kernels(result, common)
+    if any(e.implementation == OURS for e in result.estimates) and PLANNED not in common:
+        yield f"Note: {PLANNED}."
     yield from (f"Not supported: {u.method} ({u.implementation}): {u.reason}." for u in result.unsupported)
     clipped = {a for e in result.estimates for a in e.assumptions if "clipped" in a}
     yield from (f"Note: {a}." for a in sorted(clipped - common))
     if any("activations" in n for n in first.not_counted):
         yield f"Not counted: {first.not_counted[0]}."
+
+
+def _kernels(result: EstimateResult, common: set[str]) -> Iterator[str]:
+    """The attention kernels, where methods differ in them (a method's formats decide)."""
+    found: dict[str, list[str]] = {}
+    for e in result.estimates:
+        for a in e.assumptions:
+            if a.startswith("attention kernel") and a not in common:
+                found.setdefault(a, []).append(e.method)
+    widest = max(found, key=lambda a: len(found[a]), default=None)
+    for a, methods in found.items():
+        yield f"Assumed: {a}" + ("." if a == widest else f" for {', '.join(methods)}.")
 
 
 def _unit(result: EstimateResult) -> int:
