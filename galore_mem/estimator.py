@@ -125,8 +125,6 @@ def check(
 
 OURS = "galore-mem"
 PLANNED = "galore-mem is our own optimizer as specified; its code is not released yet"
-    "galore-mem is our own optimizer as specified: its ledger is measured in the tests, its code is not released yet"
-)
 COMMON = ("rank", "update_proj_gap")  # options of their own, which methods without a projector leave alone
 
 
