@@ -33,6 +33,7 @@ class DType:
         return self.name
 
 
+FLOAT64 = DType("float64", 64, 4)
 FLOAT32 = DType("float32", 32, 3)
 FLOAT16 = DType("float16", 16, 1)
 BFLOAT16 = DType("bfloat16", 16, 1)
@@ -45,7 +46,9 @@ BOOL = DType("bool", 8)
 INT4 = DType("int4", 4)  # two values per byte
 NF4 = DType("nf4", 4)  # bitsandbytes NormalFloat4, two values per byte
 
-_BY_NAME = {d.name: d for d in (FLOAT32, FLOAT16, BFLOAT16, FLOAT8, INT64, INT32, INT8, UINT8, BOOL, INT4, NF4)}
+_BY_NAME = {
+    d.name: d for d in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16, FLOAT8, INT64, INT32, INT8, UINT8, BOOL, INT4, NF4)
+}
 
 
 def dtype(name: str) -> DType:
@@ -54,6 +57,16 @@ def dtype(name: str) -> DType:
         return _BY_NAME[name]
     except KeyError:
         raise unknown("dtype", name, _BY_NAME) from None
+
+
+def at_least_float32(d: DType) -> DType:
+    """The format for averages that must not stand still: float32, or wider where the tensor is."""
+    return d if d.rank >= FLOAT32.rank else FLOAT32
+
+
+def of_squares(d: DType) -> DType:
+    """The format in which ours keep a second moment of `d`: float16 cannot, squares below 2.4e-4 leave its range."""
+    return FLOAT32 if d is FLOAT16 else d
 
 
 def promote(a: DType, b: DType) -> DType:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from galore_mem.dtypes import of_squares
 from galore_mem.memory.tape import Tensor
 from galore_mem.methods import adamw, projection
 from galore_mem.methods.base import (
@@ -49,10 +50,13 @@ EQUATIONS = {"projected": "m·r + 2·n·r", "other": "2·m·n"}
 
 
 def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
-    """`projector`, `exp_avg`, `exp_avg_sq`."""
-    if not applies(p):
-        return adamw.moments(p, job)
-    return *projection.copied(p, job, p.dtype), *projection.moments(p, job, p.dtype)
+    """`projector`, `exp_avg`, `exp_avg_sq` (float32 where the parameter is float16)."""
+    shape = low_shape(p, job) if applies(p) else p.shape
+    return (
+        *(projection.copied(p, job, p.dtype) if applies(p) else ()),
+        Buffer("exp_avg", shape, p.dtype),
+        Buffer("exp_avg_sq", shape, of_squares(p.dtype)),
+    )
 
 
 def step(slots: Slots, job: Job, refresh: bool, renew: Callable[[Slot, Job], None] = projection.renew) -> None:

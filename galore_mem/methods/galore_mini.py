@@ -8,20 +8,19 @@ ways to combine the two, of which the third is called GaLore-mini:
 3. second moment of the gradient, dividing the first moment once it is projected back.
 
 galore-mem (no other code is public): approaches 2 and 3 keep one value per output row, per head for query and
-key (`adam_mini.py`), approach 1 one per row of the low-rank gradient. Parameters outside the targets get
+key (`galore_mem/partition.py`), approach 1 one per row of the low-rank gradient. Parameters outside the targets get
 Adam-mini's treatment. Second moments are float32: they are few, and in bfloat16 an average with beta2 = 0.999
 stands still. Rows are divided without a full-size tensor, on the factor that carries them, the first moment
-(G·Pᵀ) or the projector (Pᵀ·G); `vector_norm` reads the gradient without a copy; `weight.addmm_` adds the product.
+or the projector; `vector_norm` reads the gradient without a copy; `weight.addmm_` adds the product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
-from galore_mem.dtypes import FLOAT32
-from galore_mem.memory.tape import Shape, Tensor
+from galore_mem.dtypes import at_least_float32
 from galore_mem.methods import adam_mini, projection
+from galore_mem.methods.adam_mini import divisor, mean_squares, per_row
 from galore_mem.methods.base import (
     RANK,
     UPDATE_PROJ_GAP,
@@ -34,108 +33,65 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
-from galore_mem.methods.eager import as_float32
-from galore_mem.methods.projection import PROJ_TYPE, added, applies, cast, factor, low_shape, lowered, sides
+from galore_mem.methods.projection import PROJ_TYPE, added, applies, factor, low_shape, lowered, sides
 from galore_mem.methods.svd import SVD_WORKSPACE
-
-Partition = Callable[[Trained, Job], Shape]
-
-
-def low_rows(p: Trained, job: Job) -> Shape:
-    """Approach 1: a value per row of the low-rank gradient."""
-    return (low_shape(p, job)[0], 1)
+from galore_mem.partition import Partition, by_row
 
 
-def state(p: Trained, job: Job, partition: Partition = adam_mini.blocks) -> tuple[Buffer, ...]:
+def partition(p: Trained, job: Job, approach: int) -> Partition:
+    """The blocks that share a second moment: the parameter's, or each row of the low-rank gradient (approach 1)."""
+    if approach == 1 and applies(p):
+        return by_row(low_shape(p, job), transposed=p.module == "conv1d")
+    return adam_mini.blocks(p, job)
+
+
+def buffers(p: Trained, job: Job, part: Partition) -> tuple[Buffer, ...]:
     """`projector`, a low-rank `exp_avg`, and `exp_avg_sq` of the partition in float32."""
     if not applies(p):
-        return Buffer("exp_avg", p.shape, p.dtype), Buffer("exp_avg_sq", adam_mini.blocks(p, job), FLOAT32)
+        return adam_mini.buffers(p, part)
     return (
         *projection.copied(p, job, p.dtype),
         Buffer("exp_avg", low_shape(p, job), p.dtype),
-        Buffer("exp_avg_sq", partition(p, job), FLOAT32),
+        Buffer("exp_avg_sq", part.column, at_least_float32(p.dtype)),
     )
 
 
-def mean_square(slot: Slot, blocks: Shape) -> None:
-    """`vector_norm` over each block, squared in float32 (a bias: its own square)."""
-    as_float32(slot, slot.new(blocks, slot.param.dtype))
-
-
-def per_row(slot: Slot, values: Tensor, rows: Shape) -> Tensor:
-    """Values of blocks repeated for each of their rows, in the gradient's format."""
-    if values.shape != rows:
-        values = slot.new(rows, FLOAT32, values)
-    return cast(slot, values)
-
-
-def divisor(slot: Slot, blocks: Shape, rows: Shape) -> Tensor:
-    """`sqrt(exp_avg_sq) + eps`, a value per row."""
-    return per_row(slot, slot.new(blocks, FLOAT32), rows)
-
-
-def step_unprojected(slot: Slot, job: Job) -> None:
-    """Adam-mini; `addcdiv_` divides block by block as it adds."""
-    blocks = adam_mini.blocks(slot.param, job)
-    mean_square(slot, blocks)
-    divisor(slot, blocks, blocks)
+def state(p: Trained, job: Job, approach: int) -> tuple[Buffer, ...]:
+    """As `buffers`, by the parameter's name."""
+    return buffers(p, job, partition(p, job, approach))
 
 
 def step(slots: Slots, job: Job, refresh: bool, approach: int) -> None:
-    """GaLoreMini.step: nothing outlives a parameter."""
+    """GaLoreMini.step: nothing outlives a parameter, nothing of its size is made."""
     for slot in slots:
+        part = partition(slot.param, job, approach)
         if not applies(slot.param):
-            step_unprojected(slot, job)
+            adam_mini.step_one(slot, part)
             continue
         if refresh:
             projection.renew(slot, job)
         low = lowered(slot, job, slot.param.dtype)
-        if approach == 1:
-            _in_low_rank(slot, job, low)
-        elif sides(slot.param, job) == ("right",):
-            _on_moment(slot, job)
+        side = "right" if part.dim else "left"  # of the projector that rows go through, if they are projected
+        if approach == 1 or side not in sides(slot.param, job):
+            mean_squares(slot, part)
+            divisor(slot, part)
         elif approach == 2:
-            _through_projector(slot, job, low)
+            mean_squares(slot, part)
+            through(slot, job, part, side)
         else:
             del low  # it has joined exp_avg
-            _on_projector(slot, job)
-            continue
+            mean_squares(slot, part)
+            low = slot.new(factor(slot.param, side, job.r(slot.param)), slot.param.dtype, divisor(slot, part))
+        added(slot, job, low)
         del low
 
 
-def _in_low_rank(slot: Slot, job: Job, low: Tensor) -> None:
-    """Approach 1: the low-rank gradient's tensor becomes `exp_avg / divisor`."""
-    blocks = low_rows(slot.param, job)
-    mean_square(slot, blocks)
-    divisor(slot, blocks, blocks)
-    added(slot, job, low)
-
-
-def _on_moment(slot: Slot, job: Job) -> None:
-    """Approaches 2 and 3 where the low-rank gradient has the weight's rows: as in approach 1."""
-    blocks = adam_mini.blocks(slot.param, job)
-    mean_square(slot, blocks)
-    divisor(slot, blocks, (slot.param.shape[0], 1))
-
-
-def _through_projector(slot: Slot, job: Job, low: Tensor) -> None:
-    """Approach 2 where it does not: the rows' values are averaged by the squared projector, (P∘P)ᵀ·v."""
+def through(slot: Slot, job: Job, part: Partition, side: str) -> None:
+    """Approach 2 where rows are projected: their values are averaged by the squared projector, (P∘P)ᵀ·v."""
     p = slot.param
-    blocks, rows = adam_mini.blocks(p, job), (p.shape[0], 1)
-    mean_square(slot, blocks)
-    values = per_row(slot, slot.state["exp_avg_sq"], rows)
-    carried = slot.new((job.r(p), 1), p.dtype, slot.new(factor(p, "left", job.r(p)), p.dtype), values)
-    del values, carried
-    added(slot, job, low)
-
-
-def _on_projector(slot: Slot, job: Job) -> None:
-    """Approach 3 where it does not: `projector / divisor`, then its product with `exp_avg`."""
-    p = slot.param
-    blocks = adam_mini.blocks(p, job)
-    mean_square(slot, blocks)
-    scaled = slot.new(factor(p, "left", job.r(p)), p.dtype, divisor(slot, blocks, (p.shape[0], 1)))
-    added(slot, job, scaled)
+    values = adam_mini.cast(slot, per_row(slot, part, slot.state["exp_avg_sq"]), p.dtype)
+    squared = slot.new(factor(p, side, job.r(p)), p.dtype)
+    slot.new((job.r(p),), p.dtype, values, squared)
 
 
 def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -147,7 +103,6 @@ def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
 
 
 def _method(approach: int) -> Method:
-    partition = low_rows if approach == 1 else adam_mini.blocks
     values = "rows of the low-rank gradient" if approach == 1 else "rows (query, key: heads)"
     return Method(
         name="galore-mini" if approach == 3 else f"galore-mini-{approach}",
@@ -163,7 +118,7 @@ def _method(approach: int) -> Method:
         implementations=(
             Implementation(
                 name="galore-mem", version="galore-mem", source="galore_mem/optim",
-                state=partial(state, partition=partition), step=partial(step, approach=approach), refreshes=True,
+                state=partial(state, approach=approach), step=partial(step, approach=approach), refreshes=True,
                 equations={
                     "projected": f"m·r + n·r + {values} at 4 bytes",
                     "other": "m·n + rows at 4 bytes (query, key: heads; bias: n; norm: 1)",

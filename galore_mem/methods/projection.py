@@ -34,15 +34,19 @@ def applies(p: Trained) -> bool:
 
 def sides(p: Trained, job: Job) -> tuple[str, ...]:
     """`left`, `right` or both, as `proj_type` says."""
-    kind = job.text("proj_type") if "proj_type" in job.hyperparameters else "std"
-    if kind not in PROJ_TYPES:
-        raise unknown("proj_type", kind, PROJ_TYPES)
-    if kind == "full":
+    return sides_of(p.shape, job.text("proj_type") if "proj_type" in job.hyperparameters else "std")
+
+
+def sides_of(shape: Shape, proj_type: str) -> tuple[str, ...]:
+    """The sides of a matrix that are projected. Raises `InputError` for an unknown `proj_type`."""
+    if proj_type not in PROJ_TYPES:
+        raise unknown("proj_type", proj_type, PROJ_TYPES)
+    if proj_type == "full":
         return "left", "right"
-    if kind in ("left", "right"):
-        return (kind,)
-    tall = p.shape[0] >= p.shape[1]
-    return ("right",) if tall == (kind == "std") else ("left",)
+    if proj_type in ("left", "right"):
+        return (proj_type,)
+    tall = shape[0] >= shape[1]
+    return ("right",) if tall == (proj_type == "std") else ("left",)
 
 
 def one_side(p: Trained, job: Job) -> str:
