@@ -71,6 +71,7 @@ def real(params: tuple[Param, ...], fmt: str) -> list[torch.nn.Parameter]:
         p = torch.nn.Parameter(torch.randn(given.shape).to(getattr(torch, fmt)))
         p.grad = torch.randn(given.shape).to(p.dtype)
         p.low_rank, p.heads = given.projected, given.name.startswith("q_proj")
+        p.label = f"{len(made)}.{given.name}"
         made.append(p)
     return made
 

@@ -104,9 +104,9 @@ def test_step_needs_what_is_derived(shape: tuple[int, int]) -> None:
     assert program("adam-mini", "bfloat16", "cuda") == 2 * N * 2 + 3 * rows * 2
     # grad * grad, its float32 copy, the sums in float32 and the means in bfloat16
     assert program("adam-mini", "bfloat16", "cpu") == N * 2 + N * 4 + rows * 4 + rows * 2
-    # ours: the update in one buffer, and a denominator per row
-    assert program("galore-mem", "float32", "cpu") == N * 4 + rows * 4
-    assert program("galore-mem", "bfloat16", "cuda", count=2) == N * 2 + rows * 2
+    # ours: a float32 value per row, and the same in bfloat16; nothing of the matrix's size
+    assert program("galore-mem", "float32", "cpu") == rows * 4
+    assert program("galore-mem", "bfloat16", "cuda", count=2) == rows * 4 + rows * 2
     # pytorch_optimizer: gradient in float32; the update; the parameter read and written in float32
     assert program("pytorch-optimizer", "bfloat16", "cpu") == 4 * N * 4
     # on CUDA all MLP matrices together: a float32 gradient and an update of each
@@ -123,13 +123,13 @@ def test_our_partition() -> None:
     assert {name: kept["exp_avg_sq"][0] for name, kept in partition.items()} == {
         "model.embed_tokens.weight": (1000, 1),
         "self_attn.q_proj.weight": (4, 1),  # 64 rows in heads of 16
-        "self_attn.q_proj.bias": (64,),
+        "self_attn.q_proj.bias": (64, 1),
         "self_attn.k_proj.weight": (2, 1),  # grouped: 32 rows in heads of 16
         "self_attn.v_proj.weight": (32, 1),
         "self_attn.o_proj.weight": (64, 1),
         "mlp.gate_proj.weight": (172, 1),
         "mlp.down_proj.weight": (64, 1),
-        "input_layernorm.weight": (),
+        "input_layernorm.weight": (1, 1),
         "lm_head.weight": (1000, 1),
     }
 

@@ -5,28 +5,44 @@ arXiv:2504.20437. The update and the state are GaLore's, mr + 2nr; the projector
 of Halko, Martinsson, Tropp (arXiv:0909.4061), and the update runs inside the backward pass, layer by layer,
 under FSDP. Its code is not public; what is counted here is one device.
 
-galore-mem: `torch.svd_lowrank` of r + `oversampling` columns with two power iterations, in float32.
+galore-mem: subspace iteration on the projected side, in float32 (`galore_mem/optim/projection.py`): r + `oversampling`
+columns, `power_iterations` rounds after the first.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
+from galore_mem.dtypes import FLOAT32
+from galore_mem.memory.tape import Tensor
 from galore_mem.methods import galore, projection
 from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Citation, Hyperparameter, Implementation, Job, Method, Slot
-from galore_mem.methods.projection import PROJ_TYPE
-from galore_mem.methods.svd import QR_WORKSPACE, SVD_WORKSPACE, low_rank_svd
+from galore_mem.methods.projection import PROJ_TYPE, factor
+from galore_mem.methods.svd import QR_WORKSPACE, leading, orthonormal
 
 OVERSAMPLING = Hyperparameter("oversampling", 10, "columns beyond the rank that the randomized SVD works on")
+POWER_ITERATIONS = Hyperparameter("power_iterations", 1, "rounds of the randomized SVD after the first")
 
 
 def renew(slot: Slot, job: Job) -> None:
-    """A new projector of the gradient, its columns copied, the factors freed."""
+    """A new projector of the gradient, its columns copied, the factors freed. `full` takes the image of the left
+    projector, orthonormal again, for the right one."""
     p = slot.param
-    u, v = low_rank_svd(slot, p.shape, p.dtype, min(job.r(p) + job.number("oversampling"), p.m))
+    r, q = job.r(p), min(job.r(p) + job.number("oversampling"), p.m)
+    first, *second = projection.sides(p, job)
+    work = slot.new(p.shape, FLOAT32) if p.dtype is not FLOAT32 else None
+    shape = p.shape if first == "right" else p.shape[::-1]
+    kept = [leading(slot, shape, r, q, 1 + job.number("power_iterations"))]
+    kept += (_image(slot, factor(p, side, r)[::-1]) for side in second)
+    del work
     for buffer in projection.copied(p, job, p.dtype):
         slot.keep(buffer)
-    del u, v
+    del kept
+
+
+def _image(slot: Slot, shape: tuple[int, ...]) -> Tensor:
+    product = slot.new(shape, FLOAT32)
+    return orthonormal(slot, shape, product)
 
 
 METHOD = Method(
@@ -44,9 +60,9 @@ METHOD = Method(
             name="galore-mem", version="galore-mem", source="galore_mem/optim",
             state=galore.state, step=partial(galore.step, renew=renew), refreshes=True, equations=galore.EQUATIONS,
             notes=("one device: the paper's sharding is not part of this count",),
-            not_counted=(SVD_WORKSPACE, QR_WORKSPACE),
+            not_counted=(QR_WORKSPACE,),
         ),
     ),
-    hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE, OVERSAMPLING),
+    hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE, OVERSAMPLING, POWER_ITERATIONS),
     projects=True,
 )  # fmt: skip

@@ -33,29 +33,31 @@ def column_major(slot: Slot, shape: Shape) -> Tensor:
     return copy
 
 
-def low_rank_svd(slot: Slot, shape: Shape, dtype: DType, q: int) -> tuple[Tensor, Tensor]:
-    """`torch.svd_lowrank(a.float(), q)`, two power iterations: U (m x q) and V (n x q) (torch/_lowrank.py).
+def orthonormal(slot: Slot, shape: Shape, given: Tensor) -> Tensor:
+    """`torch.linalg.qr(given).Q`: Q, R and tau beside the matrix given."""
+    fresh = slot.new(shape, given.dtype)
+    r, tau = slot.new((shape[1], shape[1]), given.dtype), slot.new((shape[1],), given.dtype)
+    del r, tau
+    return fresh
 
-    The matrix is transposed to be tall, l x c. Each orthogonalization of an l x q or c x q product X makes Q, R
-    and tau while the random matrix, X and the previous Q are alive.
+
+def leading(slot: Slot, shape: Shape, r: int, q: int, rounds: int) -> Tensor:
+    """Our randomized projector (`galore_mem/optim/projection.py`) of a float32 matrix long x short, short x r.
+
+    Each of the rounds multiplies a short x q basis by the matrix and back, and orthonormalizes it while the basis
+    before is alive; then the products with the last basis are ordered by a q x q eigenproblem.
     """
-    long, short = max(shape), min(shape)
-    work = slot.new(shape, FLOAT32) if dtype is not FLOAT32 else None
-    random = slot.new((short, q), FLOAT32)
-    basis: Tensor | None = None
-    for rows in (long, short, long, short, long):
-        product = slot.new((rows, q), FLOAT32)
-        fresh, r, tau = slot.new((rows, q), FLOAT32), slot.new((q, q), FLOAT32), slot.new((q,), FLOAT32)
-        del r, tau
-        basis = fresh
-        del fresh
-    del random, product
-    small = slot.new((q, short), FLOAT32)
-    u, s, vh = full_svd(slot, (q, short), FLOAT32)
-    u = slot.new((long, q), FLOAT32, u)
-    del work, basis, small, s
-    v = vh.like((short, q))
-    return (u, v) if shape[0] >= shape[1] else (v, u)
+    long, short = shape
+    basis = slot.new((short, q), FLOAT32)
+    for _ in range(rounds):
+        product = slot.new((short, q), FLOAT32, slot.new((long, q), FLOAT32))
+        basis = orthonormal(slot, (short, q), product)
+        del product
+    image = slot.new((long, q), FLOAT32)
+    vectors = slot.new((q, q), FLOAT32, slot.new((q, q), FLOAT32))
+    chosen = slot.new((short, r), FLOAT32, slot.new((q, r), FLOAT32))
+    del basis, image, vectors
+    return chosen
 
 
 TILE = 60
