@@ -123,8 +123,6 @@ def check(
         )
 
 
-OURS = "galore-mem"
-PLANNED = "galore-mem is our own optimizer as specified; its code is not released yet"
 COMMON = ("rank", "update_proj_gap")  # options of their own, which methods without a projector leave alone
 
 
@@ -312,8 +310,6 @@ def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | 
                 if factors
                 else f"{where}, where it is clipped"
             )
-    if work.code.name == OURS:
-        yield PLANNED
     yield from work.code.notes
 
 

@@ -34,15 +34,26 @@ def column_major(slot: Slot, shape: Shape) -> Tensor:
 
 
 def orthonormal(slot: Slot, shape: Shape, given: Tensor) -> Tensor:
-    """`torch.linalg.qr(given).Q`: Q, R and tau beside the matrix given."""
-    fresh = slot.new(shape, given.dtype)
-    r, tau = slot.new((shape[1], shape[1]), given.dtype), slot.new((shape[1],), given.dtype)
-    del r, tau
+    """`torch.linalg.qr(given.float()).Q`: Q, R and tau beside the matrix given."""
+    wide = in_float32(slot, given)
+    del given
+    fresh = slot.new(shape, FLOAT32)
+    r, tau = slot.new((shape[1], shape[1]), FLOAT32), slot.new((shape[1],), FLOAT32)
+    del r, tau, wide
     return fresh
 
 
-def leading(slot: Slot, shape: Shape, r: int, q: int, rounds: int) -> Tensor:
-    """Our randomized projector (`galore_mem/optim/projection.py`) of a float32 matrix long x short, short x r.
+def in_float32(slot: Slot, given: Tensor) -> Tensor:
+    return given if given.dtype is FLOAT32 else slot.new(given.shape, FLOAT32, given)
+
+
+def product(slot: Slot, shape: Shape, dtype: DType, basis: Tensor) -> Tensor:
+    """A matrix of format `dtype` times a float32 basis, which is cast first."""
+    return slot.new(shape, dtype, basis if dtype is FLOAT32 else slot.new(basis.shape, dtype))
+
+
+def leading(slot: Slot, shape: Shape, dtype: DType, r: int, q: int, rounds: int) -> Tensor:
+    """Our randomized projector (`galore_mem/optim/projection.py`) of a matrix long x short: short x r, float32.
 
     Each of the rounds multiplies a short x q basis by the matrix and back, and orthonormalizes it while the basis
     before is alive; then the products with the last basis are ordered by a q x q eigenproblem.
@@ -50,10 +61,8 @@ def leading(slot: Slot, shape: Shape, r: int, q: int, rounds: int) -> Tensor:
     long, short = shape
     basis = slot.new((short, q), FLOAT32)
     for _ in range(rounds):
-        product = slot.new((short, q), FLOAT32, slot.new((long, q), FLOAT32))
-        basis = orthonormal(slot, (short, q), product)
-        del product
-    image = slot.new((long, q), FLOAT32)
+        basis = orthonormal(slot, (short, q), slot.new((short, q), dtype, product(slot, (long, q), dtype, basis)))
+    image = in_float32(slot, product(slot, (long, q), dtype, basis))
     vectors = slot.new((q, q), FLOAT32, slot.new((q, q), FLOAT32))
     chosen = slot.new((short, r), FLOAT32, slot.new((q, r), FLOAT32))
     del basis, image, vectors

@@ -66,24 +66,28 @@ def _exact(grad: Tensor, sides: tuple[str, ...], rank: int) -> dict[str, Tensor]
 
 
 def _randomized(grad: Tensor, sides: tuple[str, ...], rank: int, how: Randomized) -> dict[str, Tensor]:
-    matrix = at_least_float32(grad)
+    matrix = grad.float() if grad.dtype is torch.float16 else grad  # products of two gradients leave float16's range
     first, *second = sides
     basis = leading(matrix if first == "right" else matrix.T, rank, how)
     kept = {first: basis.T if first == "right" else basis}
     for other in second:  # the image of the first basis, orthonormal again
-        image = matrix @ basis if other == "left" else matrix.T @ basis
-        image = torch.linalg.qr(image).Q
+        image = matrix @ basis.to(matrix.dtype) if other == "left" else matrix.T @ basis.to(matrix.dtype)
+        image = torch.linalg.qr(at_least_float32(image)).Q
         kept[other] = image if other == "left" else image.T
     return kept
 
 
 def leading(matrix: Tensor, rank: int, how: Randomized) -> Tensor:
-    """About the `rank` leading right singular vectors of a matrix (columns, cols x rank), largest first."""
-    columns = min(rank + how.oversampling, *matrix.shape)
-    basis = torch.randn(matrix.shape[1], columns, dtype=matrix.dtype, device=matrix.device, generator=how.generator)
+    """About the `rank` leading right singular vectors of a matrix: cols x rank, largest first, float32 at least.
+
+    Products are made in the matrix's format: a bfloat16 gradient needs no wider copy, and what bfloat16 loses is below
+    the rounding of the gradient itself. Bases are orthonormalized and ordered in float32.
+    """
+    wide, columns = torch.promote_types(matrix.dtype, torch.float32), min(rank + how.oversampling, *matrix.shape)
+    basis = torch.randn(matrix.shape[1], columns, dtype=wide, device=matrix.device, generator=how.generator)
     for _ in range(how.power_iterations + 1):
-        basis = torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
-    image = matrix @ basis
+        basis = torch.linalg.qr((matrix.T @ (matrix @ basis.to(matrix.dtype))).to(wide)).Q
+    image = (matrix @ basis.to(matrix.dtype)).to(wide)
     order = torch.linalg.eigh(image.T @ image).eigenvectors
     chosen: Tensor = basis @ order[:, -rank:].flip(1)
     return chosen

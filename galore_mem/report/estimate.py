@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from galore_mem.estimator import OURS, PLANNED
 from galore_mem.ledger import Entry
 from galore_mem.memory.tape import CATEGORIES, Bytes
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
@@ -86,8 +85,6 @@ def _footer(result: EstimateResult) -> Iterator[str]:
     common = set.intersection(*(set(e.assumptions) for e in result.estimates))
     yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
     yield from _kernels(result, common)
-    if any(e.implementation == OURS for e in result.estimates) and PLANNED not in common:
-        yield f"Note: {PLANNED}."
     yield from (f"Not supported: {u.method} ({u.implementation}): {u.reason}." for u in result.unsupported)
     clipped = {a for e in result.estimates for a in e.assumptions if "clipped" in a}
     yield from (f"Note: {a}." for a in sorted(clipped - common))
