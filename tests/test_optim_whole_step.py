@@ -6,6 +6,7 @@ The model is small and its batch of eight tokens smaller, so that optimizer, gra
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def measured(ours: Ours, fmt: str, *, layerwise: bool) -> dict[str, int]:
     with plain_kernels():
         steps = allocations(life, ignore=8).steps
     marks = [i for i, (size, _) in enumerate(steps) if size == MARK]
-    peaks = [max(live for _, live in steps[a + 1 : b]) for a, b in zip(marks, marks[1:], strict=False)]
+    peaks = [max(live for _, live in steps[a + 1 : b]) for a, b in pairwise(marks)]
     return {"step": peaks[-2], "refresh": peaks[-1]}
 
 
