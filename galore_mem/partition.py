@@ -77,8 +77,8 @@ def partition(name: str, shape: Shape, heads: Heads | None, *, transposed: bool 
     if len(shape) < 2:
         return Partition(((1, prod(shape)),))
     rows = by_row(shape, transposed=transposed)
-    if not parts & (QUERY_KEY | IN_SEQUENCE | BY_HEAD):
-        return rows
+    if not parts & (QUERY_KEY | IN_SEQUENCE | BY_HEAD) or any(part.startswith("lora_") for part in parts):
+        return rows  # an adapter's factors have rows of their own, and few
     if heads is None:
         raise InputError(
             f"adam-mini partitions {name} by head, and this model's head_dim is not known; give its config.json"

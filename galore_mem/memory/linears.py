@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from galore_mem.dtypes import DType
-from galore_mem.memory.ops import add, clone, conv1d, linear, reshape, scale, to, view
+from galore_mem.memory.ops import add, autocast, clone, conv1d, linear, reshape, scale, to, view
 from galore_mem.memory.tape import Grads, Tensor
 
 
@@ -94,30 +94,72 @@ def _nf4_base(layer: Layer, x: Tensor, codes: Tensor) -> Tensor:
 
 
 def int8(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Q-GaLore's linear (utils/quantization.py, W8Linear): the float matrix exists only during the product, in the
-    forward pass and again in the backward pass; the gradient of the matrix is a full one."""
+    """galore_mem/optim/int8_linear.py, Product: the float matrix exists only during the product, in the forward pass
+    and, for the gradient of the input, in the backward pass; the gradient of the matrix is a full one. Under autocast
+    the input, the scales and zeros, and the bias are cast; the codes become a matrix of that format."""
+    weight = weights[0]
+    tape = x.tape
+    x = autocast(x)
+    compute = x.dtype
+    rows = reshape(x, -1, x.shape[-1])
+    shape_x, shape_w = rows.shape, weight.shape
+    for_x, for_w = rows.requires_grad, weight.requires_grad
+    for_b = bias is not None and bias.requires_grad
+
+    def matrix() -> Tensor:
+        made = tape.empty(shape_w, compute)
+        grid = [tape.empty(t.shape, compute) for t in weights[1:] if t.dtype is not compute]
+        del grid
+        return made
+
+    def backward(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Grads:
+        grad = grads[0]
+        assert grad is not None
+        grad_x = None
+        if for_x:
+            multiplied = matrix()
+            grad_x = tape.empty(shape_x, grad.dtype)
+            del multiplied
+        grad_w = tape.empty(shape_w, grad.dtype) if for_w else None
+        return grad_x, grad_w, tape.empty((layer.out_features,), grad.dtype) if for_b else None
+
+    saved = (tuple(weights) if for_x else ()) + ((rows,) if for_w else ())
+    node = tape.node("ProductBackward", (rows, weight, bias), saved, backward)
+    multiplied = matrix()
+    added = autocast(bias)
+    out = tape.empty((rows.shape[0], layer.out_features), compute)
+    del multiplied, added
+    tape.bind(node, out)
+    return view(out, *x.shape[:-1], layer.out_features)
+
+
+def int8_package(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Q-GaLore's linear (utils/quantization.py, W8Linear): as ours, but the matrix is made in every backward pass, a
+    bias is added to the product in a new tensor, and its gradient is summed first."""
     weight = weights[0]
     tape = x.tape
     rows = reshape(x, -1, x.shape[-1])
     shape_x, shape_w = rows.shape, weight.shape
-    for_x, for_w = rows.requires_grad, weight.requires_grad
 
     def backward(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Grads:
         grad = grads[0]
         assert grad is not None
         matrix = tape.empty(shape_w, grad.dtype)
-        grad_x = tape.empty(shape_x, grad.dtype) if for_x else None
+        grad_x = tape.empty(shape_x, grad.dtype)
         del matrix
-        grad_w = tape.empty(shape_w, grad.dtype) if for_w else None
-        return grad_x, grad_w, grad
+        grad_bias = None if bias is None else tape.empty((layer.out_features,), grad.dtype)
+        return grad_x, tape.empty(shape_w, grad.dtype), grad_bias
 
-    saved = ((weight,) if for_x else ()) + ((rows,) if for_w else ())
-    node = tape.node("W8LinearBackward", (rows, weight, bias), saved, backward)
+    node = tape.node("W8LinearBackward", (rows, weight, bias), (rows, weight), backward)
     matrix = tape.empty(shape_w, x.dtype)
     out = tape.empty((rows.shape[0], layer.out_features), x.dtype)
+    if bias is not None:
+        out = tape.empty(out.shape, out.dtype)
     del matrix
     tape.bind(node, out)
     return view(out, *x.shape[:-1], layer.out_features)
 
 
-LINEARS: dict[str, LinearForward] = {"dense": dense, "low-rank": low_rank, "lora": lora, "nf4": nf4, "int8": int8}
+LINEARS: dict[str, LinearForward] = {
+    "dense": dense, "low-rank": low_rank, "lora": lora, "nf4": nf4, "int8": int8, "int8-package": int8_package,
+}  # fmt: skip

@@ -18,6 +18,11 @@ def as_float32(slot: Slot, tensor: Tensor | None) -> Tensor | None:
     return slot.new(tensor.shape, FLOAT32, tensor)
 
 
+def converted(slot: Slot, tensor: Tensor, dtype: DType) -> Tensor:
+    """`tensor.to(dtype)`: the same tensor when it has that format already."""
+    return tensor if tensor.dtype is dtype else slot.new(tensor.shape, dtype, tensor)
+
+
 def mean(slot: Slot, job: Job, shape: Shape, dtype: DType, reduced: Shape) -> Tensor:
     """`t.mean(dim)` of a tensor of this shape, leaving `reduced`.
 

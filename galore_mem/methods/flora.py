@@ -3,6 +3,10 @@
 Hao, Cao, Mou: Flora: Low-Rank Adapters Are Secretly Gradient Compressors, ICML 2024, arXiv:2402.03293. The
 momentum of a matrix takes n·r (algorithm 2); Adafactor's second moment n + m. The projections are not stored.
 
+galore-mem: momentum in the gradient's format, compressed where the rank is below m, second moments in float32. The
+step makes the projection twice, as it is and with the second moment's factors in it, and the low-rank update; the
+product of momentum and projection goes into the weight (`addmm_`). In float16 all but state and weight is float32.
+
 flora-opt (BorealisAI/flora-opt f329bbc, flora_opt/optimizers/torch/flora.py): everything in float32, half
 precision through copies; `RMS`, a float32 scalar. A momentum is projected where the rank is at most m and
 n at most 4·m, elsewhere it is full; without `beta1` there is none. Nothing outlives a parameter. The refresh
@@ -11,7 +15,7 @@ n at most 4·m, elsewhere it is full; without `beta1` there is none. Nothing out
 
 from __future__ import annotations
 
-from galore_mem.dtypes import FLOAT32, INT64
+from galore_mem.dtypes import FLOAT32, INT64, at_least_float32
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adafactor
 from galore_mem.methods.adafactor import approx_sq_grad, cols, rows, squared_plus_eps
@@ -28,10 +32,11 @@ from galore_mem.methods.base import (
     Trained,
 )
 from galore_mem.methods.eager import as_float32
-from galore_mem.methods.projection import applies
+from galore_mem.methods.galore_adafactor import factors, in_range, means, normalized, own, widened
+from galore_mem.methods.projection import applies, cast, low_shape
 
 BETA1 = Hyperparameter("beta1", 0.9, "decay of the momentum; 0 (None in the code) keeps none")
-KAPPA = Hyperparameter("kappa", 1000, "steps between two projections of Flora's momentum")
+KAPPA = Hyperparameter("kappa", 1000, "steps between two projections of Flora's momentum", least=1)
 MAX_RATIO = 4
 
 
@@ -40,11 +45,64 @@ def momentum(job: Job) -> bool:
 
 
 def compressed(p: Trained, job: Job) -> bool:
+    """Is the momentum of this parameter projected? (At the full rank nothing would be saved.)"""
+    return momentum(job) and applies(p) and job.rank < p.m
+
+
+def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
+    """`exp_avg` (low-rank where `compressed`), the second moment; seed and step are Python ints."""
+    shape = low_shape(p, job) if compressed(p, job) else p.shape
+    first = (Buffer("exp_avg", shape, p.dtype),) if momentum(job) else ()
+    return *first, *means(p.shape, at_least_float32(p.dtype))
+
+
+def step(slots: Slots, job: Job, refresh: bool) -> None:
+    """Flora.step: what is not compressed is a copy of the gradient, which becomes the update in place."""
+    for slot in slots:
+        if compressed(slot.param, job):
+            _step_compressed(slot, job, refresh)
+            continue
+        update = own(slot)
+        normalized(slot, update)
+        cast(slot, update)
+        del update
+
+
+def _step_compressed(slot: Slot, job: Job, refresh: bool) -> None:
+    p = slot.param
+    low, small = low_shape(p, job), (job.rank, p.m)
+    grad: Tensor | None = slot.grad
+    assert grad is not None
+    grad = in_range(slot, grad)
+    dtype = grad.dtype
+    by_row, by_col = factors(slot, p.shape, dtype)
+    if refresh:
+        old = slot.new(small, dtype)
+        new = slot.new(small, dtype)
+        turn = slot.new((job.rank, job.rank), dtype)
+        average = in_range(slot, slot.state["exp_avg"])
+        moved = slot.new(low, dtype)
+        del old, turn, average, moved
+    else:
+        new = slot.new(small, dtype)
+    scaled = slot.new(small, dtype)
+    update = slot.new(low, dtype, scaled)
+    del scaled
+    cast(slot, update)
+    del update
+    average = in_range(slot, slot.state["exp_avg"])
+    grams = [widened(slot, slot.new((job.rank, job.rank), dtype)) for _ in range(2)]
+    del average, grams
+    cast(slot, new)
+    del by_row, by_col, grad, new
+
+
+def compressed_reference(p: Trained, job: Job) -> bool:
     """Is the momentum of this parameter projected?"""
     return momentum(job) and applies(p) and p.m >= job.rank and p.n <= MAX_RATIO * p.m
 
 
-def low_shape(p: Trained, job: Job) -> Shape:
+def low_shape_reference(p: Trained, job: Job) -> Shape:
     """r x cols of a wide matrix, rows x r of another."""
     return (job.rank, p.shape[1]) if p.shape[0] < p.shape[1] else (p.shape[0], job.rank)
 
@@ -58,14 +116,14 @@ def second_moment(p: Trained) -> tuple[Buffer, ...]:
     return adafactor.second_moment(p) if len(p.shape) == 2 else (Buffer("exp_avg_sq", p.shape, FLOAT32),)
 
 
-def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
-    """`exp_avg` (low-rank where `compressed`), the second moment, `RMS`; seed and step are Python ints."""
-    shape = low_shape(p, job) if compressed(p, job) else p.shape
+def state_reference(p: Trained, job: Job) -> tuple[Buffer, ...]:
+    """`exp_avg` (low-rank where `compressed_reference`), the second moment, `RMS`; seed and step are Python ints."""
+    shape = low_shape_reference(p, job) if compressed_reference(p, job) else p.shape
     first = (Buffer("exp_avg", shape, FLOAT32),) if momentum(job) else ()
     return *first, *second_moment(p), Buffer("RMS", (), FLOAT32)
 
 
-def step(slots: Slots, job: Job, refresh: bool) -> None:
+def step_reference(slots: Slots, job: Job, refresh: bool) -> None:
     """flora_step_, parameter by parameter; it takes the gradient from the parameter."""
     for slot in slots:
         p = slot.param
@@ -82,7 +140,7 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
         else:
             update = slot.new(p.shape, FLOAT32)
         raw: Tensor | None = None
-        if compressed(p, job):
+        if compressed_reference(p, job):
             raw = _compressed_momentum(slot, job, refresh)
         elif momentum(job):
             scaled = full(slot), full(slot)  # update * (1 - b1), exp_avg * b1
@@ -99,7 +157,7 @@ def full(slot: Slot, *alive: object) -> Tensor:
 def _compressed_momentum(slot: Slot, job: Job, refresh: bool) -> Tensor:
     """`raw_update`, which is kept; `update * (1 - b1) + up_proj(exp_avg) * b1`; at a refresh the momentum up
     and down again; then the update's own projection joins it."""
-    low = low_shape(slot.param, job)
+    low = low_shape_reference(slot.param, job)
     raw = full(slot)
     scaled = full(slot)
     raised = full(slot, _raised(slot, job))
@@ -147,8 +205,16 @@ METHOD = Method(
     ),
     implementations=(
         Implementation(
+            name="galore-mem", version="galore-mem", source="galore_mem/optim", state=state, step=step, refreshes=True,
+            equations={
+                "projected": "n·r, and n + m at 4 bytes (m·n in place of n·r where r is m)",
+                "other": "m·n, and n + m at 4 bytes",
+            },
+            notes=("a step makes each random projection again from its seed: 2·m·r + n·r beside the state",),
+        ),
+        Implementation(
             name="flora-opt", version="flora-opt f329bbc", source="flora_opt/optimizers/torch/flora.py",
-            state=state, step=step, refreshes=True,
+            state=state_reference, step=step_reference, refreshes=True,
             equations={
                 "projected": "(n·r + n + m + 1) at 4 bytes (m·n in place of n·r where r > m or n > 4·m)",
                 "other": "(m·n + n + m + 1) at 4 bytes",

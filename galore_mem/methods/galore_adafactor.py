@@ -5,13 +5,14 @@ arXiv:1804.04235. Besides the projector's m·r a matrix keeps n + r values, and 
 
 galore-mem: projector and first moment in the gradient's format, second moments in float32. The means come
 from `vector_norm`, which reads the gradient without a copy; the low-rank gradient is scaled in place into
-the update. galore-torch 1.0 (galore_torch/adafactor.py): everything in float32. Half-precision gradients and
-parameters are copied to float32, so the projector is always a view that keeps a whole factor alive.
+the update (in float16 a float32 copy of it, for the factors leave float16's range). galore-torch 1.0
+(galore_torch/adafactor.py): everything in float32. Half-precision gradients and parameters are copied to
+float32, so the projector is always a view that keeps a whole factor alive.
 """
 
 from __future__ import annotations
 
-from galore_mem.dtypes import FLOAT32, DType
+from galore_mem.dtypes import FLOAT32, DType, at_least_float32, of_squares
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adafactor, galore, projection
 from galore_mem.methods.adafactor import approx_sq_grad, cols, rows, squared_plus_eps
@@ -27,7 +28,7 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
-from galore_mem.methods.eager import as_float32
+from galore_mem.methods.eager import as_float32, converted
 from galore_mem.methods.projection import PROJ_TYPE, applies, low_shape, lowered, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
@@ -43,60 +44,92 @@ def seen(p: Trained, job: Job) -> Shape:
     return low_shape(p, job) if applies(p) else p.shape
 
 
-def adafactor_state(p: Trained, job: Job, first: DType) -> tuple[Buffer, ...]:
-    """`exp_avg` if asked for; row and column means in float32 (a vector: the whole second moment)."""
+def adafactor_state(p: Trained, job: Job, first: DType, second: DType) -> tuple[Buffer, ...]:
+    """`exp_avg` if asked for; row and column means (a vector: the whole second moment)."""
     shape = seen(p, job)
     moment = (Buffer("exp_avg", shape, first),) if _first_moment(job) else ()
+    return *moment, *means(shape, second)
+
+
+def means(shape: Shape, dtype: DType) -> tuple[Buffer, ...]:
+    """The second moment of a gradient of this shape."""
     if len(shape) < 2:
-        return *moment, Buffer("exp_avg_sq", shape, FLOAT32)
-    return (
-        *moment,
-        Buffer("exp_avg_sq_row", rows(shape), FLOAT32),
-        Buffer("exp_avg_sq_col", cols(shape), FLOAT32),
-    )
+        return (Buffer("exp_avg_sq", shape, dtype),)
+    return Buffer("exp_avg_sq_row", rows(shape), dtype), Buffer("exp_avg_sq_col", cols(shape), dtype)
 
 
 def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
     """`projector` and Adafactor's state of the low-rank gradient; no `RMS`."""
     projector = projection.copied(p, job, p.dtype) if applies(p) else ()
-    return *projector, *adafactor_state(p, job, p.dtype)
+    return *projector, *adafactor_state(p, job, p.dtype, at_least_float32(p.dtype))
 
 
 def step(slots: Slots, job: Job, refresh: bool) -> None:
     """GaLoreAdafactor.step: the low-rank gradient (elsewhere a copy of the gradient) is scaled by its row and
-    its column factors in place."""
+    its column factors in place; with a first moment, it is gone before that is applied."""
     for slot in slots:
         p = slot.param
         if not applies(p):
-            update = slot.like()
+            update = own(slot)
         else:
             if refresh:
                 projection.renew(slot, job)
             update = lowered(slot, job, p.dtype)
-        second_moment(slot, seen(p, job))
+            update = in_range(slot, update)
+        normalized(slot, update)
+        update = projection.cast(slot, update)
+        if _first_moment(job):
+            update = slot.state["exp_avg"]
         if applies(p):
             projection.added(slot, job, update)
         del update
 
 
-def second_moment(slot: Slot, shape: Shape) -> None:
-    """Means by `vector_norm`, squared in float32; then the factors in the gradient's format. (Of a vector
-    the float32 square, then the divisor.)"""
-    dtype = slot.param.dtype
+def own(slot: Slot) -> Tensor:
+    """A copy of the gradient: in its format, for vectors and in float16 in float32."""
+    p = slot.param
+    return slot.new(p.shape, of_squares(p.dtype) if len(p.shape) >= 2 else at_least_float32(p.dtype))
+
+
+def in_range(slot: Slot, tensor: Tensor) -> Tensor:
+    """`tensor.float()` of a float16 one."""
+    return converted(slot, tensor, of_squares(tensor.dtype))
+
+
+def normalized(slot: Slot, update: Tensor) -> None:
+    """The update in place of the gradient: factors from the means (of a vector, the divisor), then its RMS."""
+    shape, dtype = update.shape, update.dtype
     if len(shape) < 2:
-        slot.new(shape, FLOAT32)
-        projection.cast(slot, slot.new(shape, FLOAT32))
+        slot.new(shape, dtype)
         return
+    by_row, by_col = factors(slot, shape, dtype)
+    del by_row, by_col
+    rms(slot, shape, dtype)
+
+
+def factors(slot: Slot, shape: Shape, dtype: DType) -> tuple[Tensor, Tensor]:
+    """Means by `vector_norm`, squared in float32; then the factors in the gradient's format."""
+    wide = at_least_float32(dtype)
     for side in (rows(shape), cols(shape)):
-        as_float32(slot, slot.new(side, dtype))
-    for side in (rows(shape), cols(shape)):
-        projection.cast(slot, slot.new(side, FLOAT32))
+        widened(slot, slot.new(side, dtype))
+    by_row = slot.new(rows(shape), wide, slot.new((*shape[:-2], 1), wide))
+    by_row = converted(slot, by_row, dtype)
+    return by_row, converted(slot, slot.new(cols(shape), wide), dtype)
+
+
+def rms(slot: Slot, shape: Shape, dtype: DType) -> None:
+    """Norms of rows, and of those the norm."""
+    widened(slot, slot.new(rows(shape), dtype))
+
+
+def widened(slot: Slot, tensor: Tensor) -> Tensor:
+    return converted(slot, tensor, at_least_float32(tensor.dtype))
 
 
 def state_reference(p: Trained, job: Job) -> tuple[Buffer, ...]:
     """`projector.ortho_matrix`, Adafactor's state and `RMS`; all float32."""
     projector = projection.sliced(p, job, FLOAT32) if applies(p) else ()
-    return *projector, *adafactor_state(p, job, FLOAT32), Buffer("RMS", (), FLOAT32)
+    return *projector, *adafactor_state(p, job, FLOAT32, FLOAT32), Buffer("RMS", (), FLOAT32)
 
 
 def step_reference(slots: Slots, job: Job, refresh: bool) -> None:

@@ -2,7 +2,8 @@
 
 The baseline of GaLore (arXiv:2403.03507, table 2) and GaLore-mini (section 4); Kamalakara et al.: Exploring Low
 Rank Training of Deep Neural Networks, arXiv:2209.13569. Weights mr + nr, states 2(mr + nr). The factors are
-`weight_a` (r x in) and `weight_b` (out x r), in the weights' format; the optimizer is torch.optim.AdamW.
+`weight_a` (r x in) and `weight_b` (out x r), in the weights' format (`galore_mem.optim.factorize`); the optimizer is
+torch.optim.AdamW.
 """
 
 from __future__ import annotations

@@ -11,9 +11,13 @@ the old one and keeps nothing else. q-galore-torch: see `q_galore_torch.py`.
 
 from __future__ import annotations
 
-from galore_mem.dtypes import FLOAT32, INT4, UINT8
+from collections.abc import Callable
+from functools import partial
+from math import gcd, prod
+
+from galore_mem.dtypes import BOOL, INT4, UINT8, at_least_float32
 from galore_mem.memory.tape import Tensor
-from galore_mem.methods import galore_8bit, q_galore_torch
+from galore_mem.methods import galore_8bit, projection, q_galore_torch
 from galore_mem.methods.adamw_8bit import lookup_tables
 from galore_mem.methods.base import (
     RANK,
@@ -29,8 +33,8 @@ from galore_mem.methods.base import (
     Trained,
 )
 from galore_mem.methods.galore_8bit import kernel, moments
-from galore_mem.methods.projection import OURS, applies, lowered
-from galore_mem.methods.q_galore_torch import GROUP, groups, projector_shape, quantized_projector, store
+from galore_mem.methods.projection import PROJ_TYPE, added, applies, lowered
+from galore_mem.methods.q_galore_torch import GROUP, groups, store
 from galore_mem.methods.svd import SVD_WORKSPACE, full_svd
 from galore_mem.spec.model import ParamSpec
 from galore_mem.units import ceil_div
@@ -38,16 +42,59 @@ from galore_mem.units import ceil_div
 BLOCK = 2**22
 
 
+def block_rows(rows: int, cols: int) -> int:
+    """Rows of a block in which a weight is updated: about `BLOCK` elements, in whole groups."""
+    aligned = GROUP // gcd(cols, GROUP)
+    return min(rows, max(aligned, BLOCK // cols // aligned * aligned))
+
+
 def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
     """`projector` (packed), `projector_scales`, `projector_zeros`, and bitsandbytes' states."""
     if not applies(p):
         return moments(p, job)
-    return *quantized_projector(p, job, OURS, INT4, projector_shape(p, job)), *moments(p, job)
+    return *projectors(p, job), *moments(p, job)
 
 
-def step(slots: Slots, job: Job, refresh: bool) -> None:
-    """QGaLoreAdamW8bit.step: the projector in the gradient's format, the low-rank gradient and its update, then
-    one block of the weight at a time."""
+def projectors(p: Trained, job: Job) -> tuple[Buffer, ...]:
+    """Of each projected side, the codes, and a scale and a zero point per group in the gradient's format."""
+    kept: list[Buffer] = []
+    for whole in projection.copied(p, job, INT4):
+        count = groups(prod(whole.shape))
+        kept += (whole, *(Buffer(f"{whole.name}_{what}", count, p.dtype) for what in ("scales", "zeros")))
+    return tuple(kept)
+
+
+def unpacked(slot: Slot, job: Job) -> list[Tensor]:
+    """The projectors in the gradient's format; while one is made, half of each byte."""
+    made = []
+    for whole in projection.copied(slot.param, job, slot.param.dtype):
+        made.append(slot.new(whole.shape, whole.dtype))
+        slot.new((ceil_div(prod(whole.shape), 2),), UINT8)
+    return made
+
+
+def requantize(slot: Slot, job: Job, update: Tensor) -> None:
+    """A block of rows: its codes in float32, the update projected back (to be added on the CPU it is cast, and so are
+    the scales), then random numbers to round by and whether to round up."""
+    (rows, cols), dtype = slot.param.shape, slot.param.dtype
+    half = slot.new((rows, job.r(slot.param)), dtype) if len(projection.sides(slot.param, job)) == 2 else None
+    block = block_rows(rows, cols), cols
+    values = slot.new(block, at_least_float32(dtype))
+    delta = slot.new(block, dtype)
+    casts = [
+        slot.new(shape, values.dtype)
+        for shape in (block, groups(block[0] * block[1]))
+        if slot.tape.device == "cpu" and dtype is not values.dtype
+    ]
+    del delta, casts
+    noise = slot.new(block, values.dtype)
+    up = slot.new(block, BOOL)
+    del half, values, noise, up
+
+
+def step(slots: Slots, job: Job, refresh: bool, apply: Callable[[Slot, Job, Tensor], None] = requantize) -> None:
+    """QGaLoreAdamW8bit.step: the projector in the gradient's format for the low-rank gradient, its update, then the
+    projector again, to apply that to the weight."""
     for slot in slots:
         p = slot.param
         if not applies(p):
@@ -57,50 +104,32 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
             renew(slot, job)
         projector = unpacked(slot, job)
         grad = lowered(slot, job, p.dtype)
+        del projector
         update = slot.new(grad.shape, p.dtype)
         kernel(slot, job, grad, update)
         del grad
-        requantize(slot)
+        projector = unpacked(slot, job)
+        apply(slot, job, update)
         del projector, update
-
-
-def unpacked(slot: Slot, job: Job) -> Tensor:
-    """Both halves of each byte, their interleaved codes, the values (shifted and scaled in place)."""
-    shape = projector_shape(slot.param, job)
-    half = (ceil_div(shape[0] * shape[1], 2),)
-    codes = slot.new(shape, UINT8, slot.new(half, UINT8), slot.new(half, UINT8))
-    return slot.new(shape, slot.param.dtype, codes)
-
-
-def requantize(slot: Slot) -> None:
-    """A block of rows: its weight in float32, the update projected back and cast, then random numbers to round by."""
-    rows, cols = slot.param.shape
-    block = min(rows, max(GROUP, BLOCK // cols // GROUP * GROUP)), cols
-    weight = slot.new(block, FLOAT32)
-    delta = slot.new(block, slot.param.dtype)
-    if delta.dtype is not FLOAT32:
-        delta = slot.new(block, FLOAT32, delta)
-    del delta
-    group = groups(block[0] * block[1])
-    quantized = slot.new(group, FLOAT32), slot.new(group, FLOAT32)  # scales and zeros
-    noise = slot.new(block, FLOAT32)
-    del weight, quantized, noise
 
 
 def renew(slot: Slot, job: Job) -> None:
     """SVD; the kept columns; their products with the old ones; then codes, packed."""
     p = slot.param
-    shape = projector_shape(p, job)
     u, s, vh = full_svd(slot, p.shape, p.dtype)
-    fresh = slot.new(shape, p.dtype)
+    fresh = [slot.new(whole.shape, p.dtype) for whole in projection.copied(p, job, p.dtype)]
     del u, s, vh
     old = unpacked(slot, job)
-    products = slot.new(shape, p.dtype, old)
-    del old, products
-    codes = slot.new(shape, UINT8, slot.new(shape, p.dtype))
-    for buffer in quantized_projector(p, job, OURS, INT4, shape):
-        slot.keep(buffer)
-    del fresh, codes
+    for projector in old:
+        slot.new(projector.shape, p.dtype)
+    del old
+    kept = projectors(p, job)
+    for i, projector in enumerate(fresh):
+        codes = slot.new(projector.shape, UINT8, slot.new(projector.shape, at_least_float32(p.dtype)))
+        for buffer in kept[3 * i : 3 * i + 3]:
+            slot.keep(buffer)
+        del codes
+    del fresh
 
 
 def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -139,8 +168,14 @@ METHOD = Method(
             state=state, step=step, shared=lookup_tables, store=store, linear="int8", refreshes=True,
             equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
+        Implementation(
+            name="galore-mem-float-weights", version="galore-mem, bitsandbytes 0.50.2", source="galore_mem/optim",
+            state=state, step=partial(step, apply=added), shared=lookup_tables, refreshes=True,
+            equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
+            notes=("without quantize_linears: the weights keep the recipe's format",),
+        ),
         q_galore_torch.PACKAGE,
     ),
-    hyperparameters=(RANK, UPDATE_PROJ_GAP),
+    hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
     projects=True,
 )  # fmt: skip

@@ -9,6 +9,7 @@ bitsandbytes 0.43 (later ones take other arguments) and sizes that 256 divides.
 from __future__ import annotations
 
 from galore_mem.dtypes import UINT8, DType
+from galore_mem.errors import InputError
 from galore_mem.memory.tape import GRADIENTS, WEIGHTS, Shape, Tensor
 from galore_mem.methods import projection
 from galore_mem.methods.adamw_8bit import lookup_tables
@@ -40,6 +41,9 @@ def store(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:
 
 
 def projector_shape(p: Trained, job: Job) -> Shape:
+    """Raises `InputError` for another side than `std`, as the package does (by an assertion)."""
+    if job.hyperparameters.get("proj_type", "std") != "std":
+        raise InputError("q-galore-torch has proj_type std only; the galore-mem implementation has the others")
     return factor(p, projection.one_side(p, job), job.r(p))
 
 
@@ -137,7 +141,7 @@ def renew(slot: Slot, job: Job) -> None:
 PACKAGE = Implementation(
     name="q-galore-torch", version="Q-GaLore 5bd2f1c, bitsandbytes 0.43",
     source="q_galore_torch/q_galore_adamw8bit.py, q_galore_projector.py, utils/quantization.py",
-    state=state, step=step, shared=lookup_tables, store=store, linear="int8", refreshes=True,
+    state=state, step=step, shared=lookup_tables, store=store, linear="int8-package", refreshes=True,
     equations={
         "projected": "m·r + (2·⌈m·r/256⌉ + m)·e + 2·n·r + 8·⌈n·r/256⌉ bytes (e: bytes of a gradient's element)",
         "other": EQUATIONS["other"],

@@ -2,11 +2,11 @@
 
 Lialin, Shivagunde, Muckatira, Rumshisky: ReLoRA: High-Rank Training Through Low-Rank Updates,
 arXiv:2307.05695. Weights and states as LoRA's; embeddings, norms and head are trained in full. The refresh
-is the merge: `weight += B·A`, one matrix at a time, after which the factors' moments are set to zero in place.
+is the merge: `weight += B·A`, one matrix at a time, after which the factors start with new moments.
 
-galore-mem: adapters as in peft (float32 beside a 16-bit base); the product is cast to the base's format.
-relora (Guitaricet/relora 176f376, peft_pretraining/relora.py): the whole model, adapters included, in the
-weights' format; the product is scaled into a second tensor.
+galore-mem (galore_mem/optim/relora.py): adapters as in peft (float32 beside a 16-bit base); both factors are cast to
+the base's format and multiplied into it (`addmm_`). relora (Guitaricet/relora 176f376, peft_pretraining/relora.py):
+the whole model, adapters included, in the weights' format; the product is scaled into a second tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from galore_mem.dtypes import FLOAT32
-from galore_mem.memory.tape import Tensor
 from galore_mem.methods import adamw
 from galore_mem.methods.base import (
     RANK,
@@ -28,6 +27,7 @@ from galore_mem.methods.base import (
     Stored,
     dense,
 )
+from galore_mem.methods.eager import converted
 from galore_mem.methods.lora import adapters, frozen, store_paper
 from galore_mem.spec.model import ParamSpec
 
@@ -55,33 +55,44 @@ def store_merged(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...
     return store_paper(row, projected, job)
 
 
-def products(slots: Slots) -> Iterator[tuple[Slot, Tensor]]:
-    """Each B·A (out x in) in the factors' format, with the slot of its B; the one before is gone by then."""
-    inputs = 0
+def pairs(slots: Slots) -> Iterator[tuple[Slot, Slot]]:
+    """The slots of each A and of its B, which follows."""
+    a: Slot | None = None
     for slot in slots:
         if ".lora_A." in slot.param.name:
-            inputs = slot.param.shape[1]
+            a = slot
         elif ".lora_B." in slot.param.name:
-            yield slot, slot.new((slot.param.shape[0], inputs), slot.param.dtype)
+            assert a is not None
+            yield a, slot
+
+
+def merge(slots: Slots, job: Job) -> None:
+    """merge_and_restart: A and B in the base's format, where theirs is another."""
+    for pair in pairs(slots):
+        casts = [converted(slot, slot.weight, job.recipe.weights) for slot in pair]
+        del casts
+
+
+def merge_reference(slots: Slots, job: Job) -> None:
+    """merge_and_reinit: B·A (out x in) in the factors' format, then `* scale`."""
+    for a, b in pairs(slots):
+        product = b.new((b.param.shape[0], a.param.shape[1]), b.param.dtype)
+        b.new(product.shape, product.dtype)
+        del product
 
 
 def step(slots: Slots, job: Job, refresh: bool) -> None:
-    """AdamW; at a merge, B·A and its cast to the base's format."""
+    """AdamW; then, at times, a merge."""
     adamw.step_foreach(slots, job, refresh)
     if refresh:
-        for slot, product in products(slots):
-            if job.recipe.weights is not product.dtype:
-                slot.new(product.shape, job.recipe.weights)
-            del product
+        merge(slots, job)
 
 
 def step_reference(slots: Slots, job: Job, refresh: bool) -> None:
-    """AdamW; at a merge, B·A and `* scale`."""
+    """AdamW; then, at times, a merge."""
     adamw.step_foreach(slots, job, refresh)
     if refresh:
-        for slot, product in products(slots):
-            slot.new(product.shape, product.dtype)
-            del product
+        merge_reference(slots, job)
 
 
 METHOD = Method(

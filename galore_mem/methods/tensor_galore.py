@@ -5,17 +5,19 @@ Decomposition, arXiv:2501.02379. A gradient of d1 x ... x dk keeps a factor di x
 the core, r1 x ... x rk.
 
 galore-mem: matrices as in `galore.py`; other shapes with ri = min(rank, di), one SVD per unfolding, modes
-contracted one after another, factors and moments in the gradient's format. neuraloperator 2.0.0 with tensorly 0.10
-(neuralop/training/adamw.py, tensor_galore_projector.py): every targeted parameter, matrices included; where the
-rank is above di, tensorly adds up to di columns; float32 only (tensorly's SVD has no half precision); the
-factors are computed once, in the first step, by higher-order iteration.
+contracted one after another, the last one into the weight; factors and moments in the gradient's format.
+neuraloperator 2.0.0 with tensorly 0.10 (neuralop/training/adamw.py, tensor_galore_projector.py): every targeted
+parameter, matrices included; where the rank is above di, tensorly adds up to di columns; float32 only (tensorly's
+SVD has no half precision); the factors are computed once, in the first step, by higher-order iteration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
-from galore_mem.memory.tape import Shape, Tensor
+from galore_mem.dtypes import of_squares
+from galore_mem.memory.tape import OPTIMIZER_STATE, Shape, Tensor
 from galore_mem.methods import adamw, galore
 from galore_mem.methods.base import (
     RANK,
@@ -39,14 +41,20 @@ def decomposes(p: Trained) -> bool:
 
 
 def core(p: Trained, job: Job) -> Shape:
-    """Shape of the core: the rank in every mode, clipped to the dimension."""
-    return tuple(min(job.rank, d) for d in p.shape)
+    """Shape of the core."""
+    return ranks(p.shape, job.rank)
+
+
+def ranks(shape: Shape, rank: int) -> Shape:
+    """The rank in every mode: clipped to the dimension, and to the product of the others, which bounds the rank of the
+    unfolded gradient."""
+    return tuple(min(rank, d, prod(shape) // max(d, 1)) for d in shape)
 
 
 def tucker(p: Trained, ranks: Shape, name: str) -> tuple[Buffer, ...]:
-    """A factor per mode, and both moments of the core."""
+    """A factor per mode, and both moments of the core (the second in float32 where the parameter is float16)."""
     factors = (Buffer(f"{name}.{i}", (d, r), p.dtype) for i, (d, r) in enumerate(zip(p.shape, ranks, strict=True)))
-    return *factors, Buffer("exp_avg", ranks, p.dtype), Buffer("exp_avg_sq", ranks, p.dtype)
+    return *factors, Buffer("exp_avg", ranks, p.dtype), Buffer("exp_avg_sq", ranks, of_squares(p.dtype))
 
 
 def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
@@ -55,7 +63,8 @@ def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
 
 
 def step(slots: Slots, job: Job, refresh: bool) -> None:
-    """TensorGaLoreAdamW.step: the core's tensor becomes the update, as in GaLore's."""
+    """TensorGaLoreAdamW.step: the core's tensor becomes the update, as in GaLore's. The last mode's product is made in
+    the weight (`addmm_`)."""
     for slot in slots:
         if not decomposes(slot.param):
             galore.step(Slots(slot.tape, [slot], None), job, refresh)
@@ -63,11 +72,13 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
         if refresh:
             renew(slot, job)
         full, low = slot.param.shape, core(slot.param, job)
+        core_grad: Tensor | None = None
+        for shape in contractions(full, low):
+            core_grad = slot.new(shape, slot.param.dtype, core_grad)
         update: Tensor | None = None
-        for before, after in ((full, low), (low, full)):
-            for shape in contractions(before, after):
-                update = slot.new(shape, slot.param.dtype, update)
-        del update
+        for shape in tuple(contractions(low, full))[:-1]:
+            update = slot.new(shape, slot.param.dtype, update)
+        del core_grad, update
 
 
 def contractions(before: Shape, after: Shape) -> Iterator[Shape]:
@@ -84,14 +95,19 @@ def unfold(slot: Slot, mode: int) -> Tensor | None:
 
 
 def renew(slot: Slot, job: Job) -> None:
-    """Per mode: the unfolded gradient, its SVD, the kept columns."""
+    """Per mode: the unfolded gradient, its SVD, the kept columns. The old factors stay until all new ones are found."""
     p = slot.param
-    for i, buffer in enumerate(tucker(p, core(p, job), "projector")[: len(p.shape)]):
+    factors = tucker(p, core(p, job), "projector")[: len(p.shape)]
+    fresh = []
+    for i, buffer in enumerate(factors):
         shape = (p.shape[i], p.numel // p.shape[i])
         unfolded = unfold(slot, i)
         u, s, vh = full_svd(slot, shape, p.dtype)
-        slot.keep(buffer)
+        fresh.append(slot.new(buffer.shape, buffer.dtype))
         del unfolded, u, s, vh
+    for buffer, factor in zip(factors, fresh, strict=True):
+        factor.storage.move(OPTIMIZER_STATE)
+        slot.state[buffer.name] = factor
 
 
 def padded(p: Trained, job: Job) -> Shape:

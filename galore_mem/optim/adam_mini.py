@@ -39,15 +39,18 @@ class Partitioned(ParameterWise):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if "partition" not in group:
-            group["partition"] = [tuple(self._partition_of(at)) for at in members(group)]
+        # plain tuples: `torch.load(weights_only=True)` takes no class of ours
+        group["partition"] = [tuple(self._partition(at)) for at in members(group)]
 
     def _check(self, at: Found) -> None:
         super()._check(at)
         if at.p.dim() > 2 and not at.p.is_contiguous():
             raise InputError(f"{at.name} has more than two dimensions and is not contiguous; its rows cannot be viewed")
+        given = at.group.get("partition")
+        if given is not None and len(given) != len(at.group["params"]):
+            raise InputError(f"partition has {len(given)} entries for {len(at.group['params'])} parameters")
         try:
-            (self._partition(at) if "partition" in at.group else self._partition_of(at)).check(tuple(at.p.shape))
+            self._partition(at).check(tuple(at.p.shape))
         except InputError as error:
             raise InputError(f"{at.name}: {error}") from None
 
@@ -62,7 +65,8 @@ class Partitioned(ParameterWise):
         return partition(at.name, tuple(at.p.shape), None)
 
     def _partition(self, at: Found) -> Partition:
-        return Partition(*at.group["partition"][at.i])
+        given = at.group.get("partition")
+        return self._partition_of(at) if given is None else Partition(*given[at.i])
 
 
 def second_moment(grad: Tensor, state: State, group: Group, part: Partition) -> Tensor:

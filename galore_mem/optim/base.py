@@ -11,10 +11,9 @@ load with `torch.load(weights_only=True)`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import isfinite
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,87 +21,41 @@ from torch import Tensor
 from galore_mem.dtypes import dtype
 from galore_mem.errors import InputError, unknown
 from galore_mem.methods.base import Buffer, Job, Method, Trained
+from galore_mem.optim.int8 import Int8Weight
+from galore_mem.optim.layerwise import Hook, LayerWise, distributed, has_hook
+from galore_mem.optim.options import COUNT, FRACTION, Range
+from galore_mem.optim.state import MICRO, PENDING, Found, Group, State, fitted, members
 from galore_mem.setup import RECIPES
 from galore_mem.spec.model import Role
 
-State = dict[str, Any]
-Group = dict[str, Any]
-
-PENDING = "pending"  # a low-rank gradient of the micro-batches so far
-MICRO = "micro_batches"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWise:
-    """The update in the backward pass: each parameter as soon as its gradient is complete, which is then freed.
-
-    `gradient_accumulation_steps`: backward passes per update. What is projected is summed in the low-rank space
-    (projection is linear), where the method and `clip_value` allow it; other gradients stay until they are complete,
-    as does that of a parameter whose projector is about to be renewed. `clip_value` clamps each complete gradient to
-    [-clip_value, clip_value], as `torch.nn.utils.clip_grad_value_` does. Call `optimizer.step()` after the last
-    backward pass as usual: it updates parameters that had no gradient in some of them, and schedulers expect it.
-    """
-
-    gradient_accumulation_steps: int = 1
-    clip_value: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.gradient_accumulation_steps < 1:
-            raise InputError(f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}")
-        if self.clip_value is not None and not self.clip_value > 0:
-            raise InputError(f"clip_value must be above 0, got {self.clip_value}")
+__all__ = [
+    "COUNT", "FRACTION", "MICRO", "PENDING",
+    "Found", "Group", "LayerWise", "ParameterWise", "Range", "State", "members",
+]  # fmt: skip
 
 
-class Range(NamedTuple):
-    """Which values an option of a parameter group may have."""
-
-    least: float = 0.0
-    below: float = float("inf")
-    whole: bool = False
-
-    def check(self, name: str, value: object) -> None:
-        """Raises `InputError` where the value is no number of this range."""
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        right = int if self.whole else (int, float)
-        if not isinstance(number, right) or isinstance(number, bool) or not self.least <= number < self.below:
-            kind = "a whole number" if self.whole else "a number"
-            bound = f" and below {self.below:g}" if isfinite(self.below) else ""
-            raise InputError(f"{name} must be {kind} of at least {self.least:g}{bound}, got {value!r}")
-
-
-FRACTION = Range(0.0, 1.0)
-COUNT = Range(1, whole=True)
-
-
-class Found(NamedTuple):
-    """A parameter with its group, and its number in it."""
-
-    p: Tensor
-    group: Group
-    i: int
-
-    @property
-    def name(self) -> str:
-        """Its name where the optimizer was given names, else its number and shape."""
-        named = self.group.get("param_names")
-        return str(named[self.i]) if named else f"parameter {self.i} of its group, {tuple(self.p.shape)}"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ParameterWise(torch.optim.Optimizer):
     """The base class. Give it `model.named_parameters()`, and errors name the parameter.
 
     `layerwise` turns on the update in the backward pass. With `error_if_nonfinite` a NaN or infinite gradient is an
-    `InputError` before anything has changed; it costs one pass over the gradients and one wait for the device.
+    `InputError` before anything has changed (in a layer-wise update: before its parameter has); it costs one pass over
+    the gradients and one wait for the device, in a layer-wise update one for each parameter.
+
+    A copy, or a pickle, of the optimizer has parameters of its own, which it updates as this one does.
 
     A subclass sets `METHOD` (its ledger is that method's `galore-mem` implementation) and `RANGES`, and writes
     `_update`; `_compressed` where micro-batches can be summed in less than a full gradient; `_check` for
-    parameters that it cannot take.
+    parameters that it cannot take; `_needs_finite` where an update fails on NaN.
     """
 
     METHOD: ClassVar[Method]
     IMPLEMENTATION: ClassVar[str] = "galore-mem"
     RANGES: ClassVar[Mapping[str, Range]] = {"lr": Range(), "eps": Range(), "weight_decay": Range()}
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    INT8: ClassVar[bool] = False  # does it update INT8 weights?
 
     def __init__(
         self,
@@ -112,14 +65,26 @@ class ParameterWise(torch.optim.Optimizer):
         layerwise: LayerWise | None = None,
         error_if_nonfinite: bool = True,
     ) -> None:
-        self.error_if_nonfinite = error_if_nonfinite
-        self.layerwise = layerwise
-        self._hooks: list[Any] = []
-        if layerwise is not None and _distributed():
+        if layerwise is not None and not isinstance(layerwise, LayerWise):
+            raise InputError(f"layerwise must be a LayerWise or None, got {layerwise!r}")
+        if layerwise is not None and distributed():
             raise InputError(
                 "the layer-wise update sees a gradient before it is reduced over processes: one process only"
             )
-        super().__init__(params, defaults)
+        if isinstance(params, Tensor) or not isinstance(params, Iterable):
+            raise InputError(f"params must be an iterable of parameters or of groups, got {type(params).__name__}")
+        given = list(params)
+        if not given:
+            raise InputError("the optimizer got no parameters; is everything frozen?")
+        self.error_if_nonfinite = error_if_nonfinite
+        self.layerwise = layerwise
+        self._hooks: list[Any] = []
+        self._updated: set[Tensor] = set()  # in a backward pass, since the last `step()`
+        try:
+            super().__init__(given, defaults)
+        except BaseException:
+            self.remove_hooks()  # of the groups before
+            raise
 
     # -- what a subclass writes --------------------------------------------------------------------
 
@@ -135,10 +100,18 @@ class ParameterWise(torch.optim.Optimizer):
     def _check(self, at: Found) -> None:
         """Raises `InputError` where the method cannot take the parameter."""
 
+    def _needs_finite(self, at: Found) -> bool:
+        """Would a NaN make the next update of this parameter fail?"""
+        return False
+
     def _buffers(self, at: Found) -> tuple[Buffer, ...]:
         """The tensors that the ledger keeps for a parameter."""
         code = self.METHOD.implementation(self.IMPLEMENTATION)
         return code.state(self._trained(at), self._job(at.group))
+
+    def _shared(self) -> tuple[Buffer, ...]:
+        """The tensors that the ledger keeps once for all parameters."""
+        return self.METHOD.implementation(self.IMPLEMENTATION).shared(self._job({}))
 
     def _trained(self, at: Found) -> Trained:
         """The parameter as the ledger sees it."""
@@ -157,36 +130,62 @@ class ParameterWise(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with every option checked. Raises `InputError`, which names the parameter if it is about one."""
         where = f"group {len(self.param_groups)}"
-        super().add_param_group(param_group)
+        if not isinstance(param_group, dict) or param_group.get("params") is None:
+            raise InputError(f"{where} must be a dict with params, got {type(param_group).__name__}")
+        try:
+            super().add_param_group(dict(param_group))  # torch writes the defaults into the dict it is given
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}: {error}") from None
         group = self.param_groups[-1]
         try:
-            if not group["params"]:
-                raise InputError(f"{where} has no parameters")
-            self._check_group(group)
-            for at in members(group):
-                if not at.p.is_floating_point():
-                    raise InputError(f"{at.name} is {at.p.dtype}; these optimizers take real floating-point parameters")
-                self._check(at)
-        except InputError:
+            self._check_members(where, group)
+        except BaseException:
             self.param_groups.pop()
             raise
-        if self.layerwise is not None:
-            number = len(self.param_groups) - 1
-            for at in members(group):
-                if at.p.requires_grad:
-                    hook = self._in_backward(number, at.i)
-                    self._hooks.append(at.p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self._register(len(self.param_groups) - 1)
+
+    def _check_members(self, where: str, group: Group) -> None:
+        if not group["params"]:
+            raise InputError(f"{where} has no parameters")
+        self._check_group(group)
+        seen: set[Tensor] = set()
+        for at in members(group):
+            if at.p.dtype not in DTYPES:
+                raise InputError(f"{at.name} is {at.p.dtype}; these optimizers take {', '.join(map(str, DTYPES))}")
+            if hasattr(at.p, "placements"):
+                raise InputError(f"{at.name} is a distributed tensor; these optimizers need whole parameters")
+            if at.p in seen:
+                raise InputError(f"{at.name} is in {where} twice")
+            seen.add(at.p)
+            if isinstance(at.p, Int8Weight) and not self.INT8:
+                raise InputError(f"{at.name} is an INT8 weight; only QGaLoreAdamW8bit rounds its updates to one")
+            self._check(at)
+            if self.layerwise is not None and has_hook(at.p):
+                raise InputError(f"{at.name} has a layer-wise optimizer already; call remove_hooks() of that one first")
 
     def _check_group(self, group: Group) -> None:
         for name, allowed in self.RANGES.items():
-            if group.get(name) is not None:
-                allowed.check(name, group[name])
+            if name in group:
+                value = group[name]
+                if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+                    allowed.check(name, value.item())
+                else:
+                    group[name] = allowed.check(name, value)
         for name, choices in self.CHOICES.items():
             if group[name] not in choices:
                 raise unknown(name, str(group[name]), choices)
         if "betas" in group:
-            for i, beta in enumerate(group["betas"]):
-                FRACTION.check(f"betas[{i}]", beta)
+            betas = group["betas"]
+            if not isinstance(betas, tuple | list) or len(betas) != 2:
+                raise InputError(f"betas must be two numbers, got {betas!r}")
+            group["betas"] = tuple(FRACTION.check(f"betas[{i}]", beta) for i, beta in enumerate(betas))
+
+    def _register(self, number: int) -> None:
+        """Hooks for the parameters of a group, if they are updated in the backward pass."""
+        if self.layerwise is not None:
+            for at in members(self.param_groups[number]):
+                if at.p.requires_grad and not has_hook(at.p):
+                    self._hooks.append(Hook(self._in_backward, number, at.i).register(at.p))
 
     def remove_hooks(self) -> None:
         """Ends the layer-wise update: from now on `step()` does the work."""
@@ -199,18 +198,26 @@ class ParameterWise(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters that have a gradient. Raises `InputError` before the first update where a
-        gradient is sparse, of another shape, NaN or infinite; a failing SVD raises when its parameter is reached."""
+        gradient is sparse, of another shape, NaN or infinite. An SVD that fails although its gradient is finite raises
+        when its parameter is reached: that one is as it was, those before it are updated."""
+        if self.__dict__.pop("grad_scale", None) is not None:  # see `_step_supports_amp_scaling`
+            raise InputError("a layer-wise update has used the gradients before the loss scaler can unscale them")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         ready = [at for group in self.param_groups for at in members(group) if self._ready(at)]
-        for at in ready:
-            self._clip(at)
-        self._refuse([at for at in ready if at.p.grad is not None])
+        self._make_ready([at for at in ready if at.p.grad is not None])
         for at in ready:
             self._advance(at)
+        self._updated.clear()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True makes torch's `GradScaler` give us its scale, which a layer-wise `step` refuses in words; else it would
+        fail on gradients that are gone."""
+        return self.layerwise is not None
 
     def _ready(self, at: Found) -> bool:
         return at.p.grad is not None or (at.p in self.state and PENDING in self.state[at.p])
@@ -225,37 +232,33 @@ class ParameterWise(torch.optim.Optimizer):
         if self.layerwise is not None:
             at.p.grad = None
 
-    def _clip(self, at: Found) -> None:
-        if self.layerwise is not None and self.layerwise.clip_value is not None and at.p.grad is not None:
-            at.p.grad.clamp_(-self.layerwise.clip_value, self.layerwise.clip_value)
-
-    def _in_backward(self, group: int, i: int) -> Callable[[Tensor], None]:
-        """The hook of one parameter, called when a backward pass has added to its gradient."""
-
-        @torch.no_grad()
-        def hook(p: Tensor) -> None:
-            assert self.layerwise is not None
-            at = Found(p, self.param_groups[group], i)
-            passes = self.layerwise.gradient_accumulation_steps
-            if passes > 1:
-                state = self.state[p]
-                state[MICRO] = state.get(MICRO, 0) + 1
-                if state[MICRO] < passes:
-                    self._accumulate(at, state)
-                    return
-            self._clip(at)
-            self._refuse([at])
+    def _in_backward(self, p: Tensor, group: int, i: int) -> None:
+        """A backward pass has added to a parameter's gradient. (The place, as loading a state makes new groups.)"""
+        assert self.layerwise is not None
+        at = Found(p, self.param_groups[group], i)
+        if at.p in self._updated:
+            raise InputError(
+                f"{at.name} has another gradient since its update, and step() was not called: set LayerWise's "
+                "gradient_accumulation_steps to the number of backward passes for each step()"
+            )
+        state = self.state.get(at.p, {})
+        passes = state.get(MICRO, 0) + 1
+        if passes < self.layerwise.gradient_accumulation_steps:
+            self._accumulate(at, state)
+            state[MICRO] = passes
+            self.state[at.p] = state
+        else:
+            self._make_ready([at])
             self._advance(at)
-
-        return hook
+            self._updated.add(at.p)
 
     def _accumulate(self, at: Found, state: State) -> None:
         """Takes in a micro-batch: its compressed gradient, or the gradient as it is."""
         assert self.layerwise is not None
         assert at.p.grad is not None
         if self.layerwise.clip_value is not None:
-            return
-        self._refuse([at])
+            return  # the sum is what is clipped
+        self._make_ready([at])
         low = self._compressed(at, at.p.grad, state)
         if low is not None:
             state[PENDING] = low if PENDING not in state else state[PENDING].add_(low)
@@ -264,124 +267,104 @@ class ParameterWise(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; gradients that a layer-wise update has summed so far are dropped too."""
         super().zero_grad(set_to_none)
+        self._updated.clear()
         for state in self.state.values():
             state.pop(PENDING, None)
             state.pop(MICRO, None)
 
-    def _refuse(self, found: Iterable[Found]) -> None:
-        """Raises `InputError` for the first gradient that cannot be used."""
+    def _make_ready(self, found: Iterable[Found]) -> None:
+        """Clips gradients where that is asked for. Raises `InputError` for the first that cannot be used."""
+        clip = None if self.layerwise is None else self.layerwise.clip_value
         extremes: dict[torch.device, list[tuple[Found, tuple[Tensor, Tensor]]]] = defaultdict(list)
         for at in found:
             grad = at.p.grad
             assert grad is not None
-            if grad.is_sparse or grad.layout is not torch.strided:
+            if grad.layout is not torch.strided:
                 raise InputError(f"{at.name} has a sparse gradient, which these optimizers do not take")
             if grad.shape != at.p.shape:
                 raise InputError(f"{at.name}: its gradient is {tuple(grad.shape)}, not {tuple(at.p.shape)}")
-            if self.error_if_nonfinite and grad.numel():
+            if clip is not None:
+                grad.clamp_(-clip, clip)
+            if (self.error_if_nonfinite or self._needs_finite(at)) and grad.numel():
                 extremes[grad.device].append((at, torch.aminmax(grad)))  # one pass, NaN included, and two scalars
         for ranges in extremes.values():
-            ends = torch.stack([torch.stack(pair).float() for _, pair in ranges])
-            if not ends.isfinite().all():
-                bad = (~ends.isfinite()).any(dim=1).tolist().index(True)
-                raise InputError(f"{ranges[bad][0].name} has a NaN or infinite gradient; nothing was updated")
+            finite = torch.stack([torch.stack(pair).isfinite() for _, pair in ranges])
+            if not finite.all():
+                bad = finite.all(dim=1).tolist().index(False)
+                left = "nothing was updated" if self.layerwise is None else "its update was left out"
+                raise InputError(f"{ranges[bad][0].name} has a NaN or infinite gradient; {left}")
 
     # -- saving and loading ------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict()` returned, every tensor in its own format and on its parameter's device.
 
-        (torch's casts a state tensor to the parameter's format: codes and float32 averages would be lost.) Raises
-        `InputError` that names the parameter where a tensor does not fit; the optimizer is then as it was.
+        As in torch the saved options replace those of the groups, but for those that decide which tensors a parameter
+        has (`rank`, `proj_type`, ...): they must agree. Raises `InputError`, which names the parameter where it is
+        about one; the optimizer is then as it was.
+
+        (torch's own casts a state tensor to the parameter's format: codes and float32 averages would be lost.)
         """
-        boxed = {i: _boxed(kept) for i, kept in self._fitting(state_dict).items()}
-        super().load_state_dict({**state_dict, "state": boxed})
+        given = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            given = before(self, given) or given
+        groups, state = self._fitting(given)
+        super().__setstate__({"state": state, "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no hooks: they belong to the parameters."""
-        more: dict[str, Any] = {"error_if_nonfinite": self.error_if_nonfinite, "layerwise": None, "_hooks": []}
-        return {**super().__getstate__(), **more}
+        """All of it but the hooks (torch leaves out users' too) and the `step` that a scheduler has put in its way."""
+        left = ("_hooks", "_updated", "step", "grad_scale", "found_inf")
+        return {k: v for k, v in self.__dict__.items() if k not in left and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for kept in self.state.values():
-            for name, value in kept.items():
-                if isinstance(value, _Box):
-                    kept[name] = value.tensor
+        self._hooks = []
+        self._updated = set()
+        for number in range(len(self.param_groups)):
+            self._register(number)
 
-    def _fitting(self, state_dict: Mapping[str, Any]) -> dict[int, State]:
-        """The state of each number, moved and copied."""
-        groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
+    def _fitting(self, state_dict: Mapping[str, Any]) -> tuple[list[Group], dict[Tensor, State]]:
+        """Groups with the saved options, and the saved states, moved and copied."""
+        if not {"state", "param_groups"} <= state_dict.keys():
             raise InputError(
-                f"the state has {len(groups)} parameter groups, and the optimizer {len(self.param_groups)}"
+                f"this is not the state of an optimizer; it has {', '.join(map(str, state_dict)) or 'nothing'}"
             )
-        fitting: dict[int, State] = {}
-        for number, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
-            if len(saved["params"]) != len(group["params"]):
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise InputError(f"the state has {len(saved)} parameter groups, and the optimizer {len(self.param_groups)}")
+        groups: list[Group] = []
+        states: dict[Tensor, State] = defaultdict(dict)
+        for number, (old, group) in enumerate(zip(saved, self.param_groups, strict=True)):
+            keys = old["params"]
+            if len(keys) != len(group["params"]):
                 raise InputError(
-                    f"group {number} of the state has {len(saved['params'])} parameters, and the optimizer's "
-                    f"{len(group['params'])}"
+                    f"group {number}: {len(keys)} parameters in the state, and {len(group['params'])} here"
                 )
-            merged = {**saved, "params": group["params"]}
-            for key, at in zip(saved["params"], members(merged), strict=True):
+            merged = {**group, **deepcopy(old), "params": group["params"]}
+            try:
+                self._check_group(merged)
+            except InputError as error:
+                raise InputError(f"group {number} of the state: {error}") from None
+            groups.append(merged)
+            for key, at in zip(keys, members(group), strict=True):
+                self._agree(at, merged)
                 if key in state_dict["state"]:
-                    named = Found(at.p, {**merged, "param_names": group.get("param_names")}, at.i)
-                    fitting[key] = self._fit(named, state_dict["state"][key])
-        return fitting
+                    states[at.p] = self._fit(at, state_dict["state"][key])
+        return groups, states
+
+    def _agree(self, at: Found, merged: Group) -> None:
+        """Raises `InputError` where the saved options ask for other tensors than ours."""
+        ours = {b.name: b.shape for b in self._buffers(at)}
+        saved = {b.name: b.shape for b in self._buffers(at._replace(group=merged))}
+        for name in sorted({**ours, **saved}):
+            if ours.get(name) != saved.get(name):
+                raise InputError(
+                    f"{at.name}: by the options in the state its {name} is {saved.get(name, 'not there')}, and "
+                    f"{ours.get(name, 'not there')} by those of the optimizer; make it with the saved ones (rank, ...)"
+                )
 
     def _fit(self, at: Found, kept: Mapping[str, Any]) -> State:
-        """One parameter's state. Raises `InputError` where names, shapes or formats are not the ledger's."""
-        fitted: State = {k: v for k, v in kept.items() if not isinstance(v, Tensor)}
-        tensors = {k: v for k, v in kept.items() if isinstance(v, Tensor)}
-        expected = {b.name: b for b in self._buffers(at)}
-        missing = [name for name in expected if name not in tensors] if tensors else []
-        if missing:
-            raise InputError(f"{at.name}: the state has no {missing[0]!r}; it has {', '.join(tensors) or 'nothing'}")
-        for name, tensor in tensors.items():
-            buffer = expected.get(name)
-            if buffer is None:
-                if name in (PENDING, *(b.name for b in self._shared())):
-                    fitted[name] = tensor.to(at.p.device, copy=True)
-                    continue
-                raise InputError(f"{at.name}: the state has {name!r}, which {type(self).__name__} does not keep")
-            fitted[name] = _as_buffer(at, buffer, tensor)
-        return fitted
-
-    def _shared(self) -> tuple[Buffer, ...]:
-        code = self.METHOD.implementation(self.IMPLEMENTATION)
-        return code.shared(self._job({}))
-
-
-class _Box:
-    """Carries a tensor through torch's load, which casts bare ones."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _boxed(kept: State) -> State:
-    return {name: _Box(value) if isinstance(value, Tensor) else value for name, value in kept.items()}
-
-
-def members(group: Group) -> Iterator[Found]:
-    return (Found(p, group, i) for i, p in enumerate(group["params"]))
-
-
-def _as_buffer(at: Found, buffer: Buffer, tensor: Tensor) -> Tensor:
-    packed = not hasattr(torch, buffer.dtype.name)
-    shape = (buffer.nbytes,) if packed else buffer.shape
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{at.name}: its {buffer.name} is {tuple(tensor.shape)} in the state, and {shape} here")
-    dtype = torch.uint8 if packed else getattr(torch, buffer.dtype.name)
-    if dtype.is_floating_point != tensor.dtype.is_floating_point:
-        raise InputError(f"{at.name}: its {buffer.name} is {tensor.dtype} in the state, and {dtype} here")
-    return tensor.to(at.p.device, dtype, copy=True)
-
-
-def _distributed() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
+        """One parameter's state as this optimizer keeps it."""
+        return fitted(at, kept, self._buffers(at), (PENDING, *(b.name for b in self._shared())), type(self).__name__)

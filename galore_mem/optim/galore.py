@@ -9,6 +9,9 @@ N = M/(1 - β1^t) / (sqrt(V/(1 - β2^t)) + ε);  W = W - η·α·P·N (or N·P)
 
 As in the paper and in torch, both bias corrections come before ε; the reference package (galore-torch 1.0) adds ε to
 the uncorrected root. Weight decay is decoupled and, as in torch, applied to the weight before the update.
+
+In bfloat16 an average with beta2 = 0.999 moves only where the new square is far above it (as in the reference and in
+torch's AdamW on bfloat16 parameters): the paper's experiments live with that; a beta2 of 0.95 to 0.99 does not have it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from torch import Tensor
 from galore_mem.methods import galore
 from galore_mem.optim.base import Found, Group, LayerWise, State
 from galore_mem.optim.projected import DEFAULTS, LowRank, Projected
-from galore_mem.optim.projection import add_raised_
 
 FLOAT16_LEAST = 2.0**-24  # the smallest float16 above 0
 
@@ -107,7 +109,7 @@ class GaLoreAdamW(Projected):
         low = self._gradient(at, grad, state)
         factor = self._direction_(low, state, group)
         decay(at.p, group)
-        add_raised_(at.p, low, self._projectors(at, state), -float(group["lr"]) * group["scale"] * factor)
+        self._add_raised_(at, low, state, -float(group["lr"]) * group["scale"] * factor)
 
     def _direction_(self, low: Tensor, state: State, group: Group) -> float:
         """Overwrites the low-rank gradient with `exp_avg / (sqrt(exp_avg_sq) + ε)`; returns the factor before it."""

@@ -47,7 +47,7 @@ from galore_mem.optim.base import Found, LayerWise, State
 from galore_mem.optim.blocks import per_row
 from galore_mem.optim.galore import FLOAT16_LEAST, corrections, decay
 from galore_mem.optim.projected import DEFAULTS, LowRank, Projected
-from galore_mem.optim.projection import add_raised_
+from galore_mem.optim.projection import Projectors, add_raised_, carried, rotations
 from galore_mem.partition import Partition, by_row
 
 APPROACHES = (1, 2, 3)
@@ -123,6 +123,14 @@ class GaLoreMini(Partitioned, Projected):
         under = divisor(state, part, low.dtype, eps) if through is None else _through(through, state, part, eps)
         torch.div(exp_avg, under, out=low)
         add_raised_(at.p, low, by, alpha)
+
+    def _compare(self, at: Found, old: Projectors, fresh: Projectors, state: State) -> None:
+        """Approach 1's second moment is one per low-rank row: where rows are projected it is carried over too."""
+        super()._compare(at, old, fresh, state)
+        side = "right" if self._partition(at).dim else "left"
+        if at.group["carry_moments"] and at.group["approach"] == 1 and side in old:
+            turn = {side: rotations(old, fresh)[side]}
+            state["exp_avg_sq"].copy_(carried(state["exp_avg_sq"], turn, squares=True))
 
     def _compressed(self, at: Found, grad: Tensor, state: State) -> Tensor | None:
         return super()._compressed(at, grad, state) if at.group["approach"] == 1 else None

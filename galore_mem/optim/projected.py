@@ -9,7 +9,11 @@ update is multiplied by once it is projected back. `proj_type`: the side that is
 `power_iterations` rounds (`seed` starts its random numbers, from which a resumed run continues). `carry_moments`: a
 refresh turns the moments into the new coordinates (the reference leaves the old numbers). `cos_threshold`: None, or
 the similarity of adjacent projectors from which on a parameter's gap grows: when each of the last `queue_size`
-refreshes reached it, the gap is multiplied by `gamma_proj` (Q-GaLore, arXiv:2407.08296, section 3.2).
+refreshes reached it, the gap is multiplied by `gamma_proj` (rounded down) and the count starts over (Q-GaLore,
+arXiv:2407.08296, section 3.2).
+
+With `full`, the low-rank gradient of a refresh is diagonal but for rounding, and Adam makes steps of full size of that
+rounding while epsilon is below it: such runs differ from machine to machine, here as in the reference.
 """
 
 from __future__ import annotations
@@ -25,7 +29,16 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from galore_mem.errors import InputError
 from galore_mem.methods.projection import OURS, PROJ_TYPES, names, sides_of
 from galore_mem.optim.base import COUNT, PENDING, Found, ParameterWise, Range, State
-from galore_mem.optim.projection import Projectors, Randomized, carried, found, lowered, rotations, similarity
+from galore_mem.optim.projection import (
+    Projectors,
+    Randomized,
+    add_raised_,
+    carried,
+    found,
+    lowered,
+    rotations,
+    similarity,
+)
 
 SVD = ("exact", "randomized")
 
@@ -69,12 +82,12 @@ class Projected(ParameterWise):
 
     RANGES: ClassVar[Mapping[str, Range]] = {
         **ParameterWise.RANGES,
-        "rank": COUNT,
+        "rank": COUNT._replace(optional=True),
         "update_proj_gap": COUNT,
         "scale": Range(),
         "oversampling": Range(whole=True),
         "power_iterations": Range(whole=True),
-        "cos_threshold": Range(),
+        "cos_threshold": Range(optional=True),
         "gamma_proj": Range(1.0),
         "queue_size": COUNT,
         "seed": Range(whole=True),
@@ -103,6 +116,9 @@ class Projected(ParameterWise):
                 "group without rank"
             )
 
+    def _needs_finite(self, at: Found) -> bool:
+        return self._projects(at) and self._due(self.state.get(at.p, {}))
+
     def _update(self, at: Found, grad: Tensor | None, state: State) -> None:
         if not self._projects(at):
             assert grad is not None
@@ -123,6 +139,10 @@ class Projected(ParameterWise):
         """The low-rank gradient."""
         return lowered(grad, self._projectors(at, state))
 
+    def _add_raised_(self, at: Found, low: Tensor, state: State, alpha: float) -> None:
+        """`p += alpha · (low projected back)`."""
+        add_raised_(at.p, low, self._projectors(at, state), alpha)
+
     def _gradient(self, at: Found, grad: Tensor | None, state: State) -> Tensor:
         """The low-rank gradient of all micro-batches; its tensor is free to be overwritten."""
         pending: Tensor | None = state.pop(PENDING, None)
@@ -136,6 +156,10 @@ class Projected(ParameterWise):
 
     def _sides(self, at: Found) -> tuple[str, ...]:
         return sides_of(tuple(at.p.shape), at.group["proj_type"])
+
+    def _names(self, at: Found) -> tuple[str, ...]:
+        """What the projectors of the sides are called in the state."""
+        return names(self._sides(at), OURS)
 
     def _rank(self, at: Found) -> int:
         return int(min(at.group["rank"], *at.p.shape))
@@ -157,12 +181,16 @@ class Projected(ParameterWise):
             generator = self._generator(at, state)
             how = Randomized(generator, at.group["oversampling"], at.group["power_iterations"])
         try:
-            return found(grad, self._sides(at), self._rank(at), how)
+            return self._decomposed(at, grad, how)
         except LinAlgError as error:
             raise InputError(
                 f"{at.name}: the SVD of its gradient {tuple(grad.shape)} does not converge; its state and weight are "
                 f"as they were ({error})"
             ) from error
+
+    def _decomposed(self, at: Found, grad: Tensor, how: Randomized | None) -> dict[str, Tensor]:
+        """New projectors by side."""
+        return found(grad, self._sides(at), self._rank(at), how)
 
     def _compares(self, at: Found) -> bool:
         return at.group["cos_threshold"] is not None or bool(at.group["carry_moments"])
@@ -186,15 +214,14 @@ class Projected(ParameterWise):
 
     def _keep(self, at: Found, fresh: Projectors, state: State) -> None:
         """Puts new projectors into the state, in the place of those that are there."""
-        sides = self._sides(at)
-        state.update(zip(names(sides, OURS), (fresh[side] for side in sides), strict=True))
+        state.update(zip(self._names(at), (fresh[side] for side in self._sides(at)), strict=True))
 
     def _projectors(self, at: Found, state: State) -> dict[str, Tensor]:
         """The projectors in the gradient's format."""
-        sides = self._sides(at)
-        return {side: state[name] for side, name in zip(sides, names(sides, OURS), strict=True)}
+        return {side: state[name] for side, name in zip(self._sides(at), self._names(at), strict=True)}
 
     def _generator(self, at: Found, state: Mapping[str, Any]) -> torch.Generator:
-        """Random numbers that depend on the seed, the parameter and the step only: a resumed run has the same."""
-        key = (at.group["seed"] * 1_000_003 + state.get("step", 0)) * 2**32 + crc32(at.name.encode())
-        return torch.Generator(at.p.device).manual_seed(key % 2**63)
+        """Random numbers that depend on the seed, the parameter and the step only: a resumed run has the same.
+        (A CPU generator takes 32 bits of a seed.)"""
+        key = crc32(f"{at.group['seed']} {state.get('step', 0)} {at.name}".encode())
+        return torch.Generator(at.p.device).manual_seed(key)

@@ -101,18 +101,18 @@ def similarity(old: Projectors, fresh: Projectors) -> float:
     """
     cosines = []
     for side, a in old.items():
-        b, along = fresh[side], 0 if side == "left" else 1
+        b, along = fresh[side], 1 if side == "right" else 0
         lengths = torch.linalg.vector_norm(a, dim=along) * torch.linalg.vector_norm(b, dim=along)
-        cosines.append(((a * b).sum(along) / lengths).abs().float().mean())
+        cosines.append(((a * b).sum(along) / lengths.clamp_(min=torch.finfo(a.dtype).tiny)).abs().float().mean())
     return float(sum(cosines)) / len(cosines)
 
 
 def rotations(old: Projectors, fresh: Projectors) -> dict[str, Tensor]:
     """Per side, the map from the old low-rank coordinates to the new ones (r x r, float32 at least)."""
     return {
-        side: at_least_float32(fresh[side]).T @ at_least_float32(a)
-        if side == "left"
-        else at_least_float32(fresh[side]) @ at_least_float32(a).T
+        side: at_least_float32(fresh[side]) @ at_least_float32(a).T
+        if side == "right"
+        else at_least_float32(fresh[side]).T @ at_least_float32(a)
         for side, a in old.items()
     }
 
