@@ -66,7 +66,11 @@ def real_parameters(named_shapes: Iterable[tuple[str, Shape]], fmt: str) -> Name
 
 
 def predicted(buffers: Iterable[Buffer]) -> Kept:
-    return {b.name: (b.shape, b.dtype.name, b.nbytes) for b in buffers}
+    """As torch holds them: a packed format is a row of bytes."""
+    return {
+        b.name: ((b.nbytes,), "uint8", b.nbytes) if b.dtype.bits < 8 else (b.shape, b.dtype.name, b.nbytes)
+        for b in buffers
+    }
 
 
 def measured(state: Mapping[str, torch.Tensor]) -> Kept:

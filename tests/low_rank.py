@@ -135,7 +135,7 @@ def laid_out(of: Implementation, params: tuple[Param, ...], fmt: str, how: Job) 
     tape = QuietTape(granularity=1, device=how.device)
     slots = []
     for p in (given.trained(fmt) for given in params):
-        size = p.numel if of.linear == "int8" and p.projected else p.nbytes
+        size = p.numel if of.linear.startswith("int8") and p.projected else p.nbytes
         weight = Tensor(tape.bytes(size, WEIGHTS), p.shape, p.dtype)
         slot = Slot(tape, p, 0, weight, tape.empty(p.shape, p.dtype, GRADIENTS))
         for buffer in of.state(p, how):

@@ -11,13 +11,24 @@ from low_rank import HEADS
 
 from galore_mem.methods.base import Implementation, Job
 from galore_mem.methods.registry import method
-from galore_mem.optim import AdamMini, GaLoreAdamW, GaLoreMini, LayerWise, ParameterWise
+from galore_mem.optim import (
+    AdamMini,
+    Flora,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GaLoreMini,
+    LayerWise,
+    ParameterWise,
+    QGaLoreAdamW8bit,
+    TensorGaLoreAdamW,
+)
 from galore_mem.optim.adam_mini import Partitioned
-from galore_mem.optim.projected import Projected
 from galore_mem.partition import partition
 from galore_mem.setup import recipe
 
 RANK = 64
+FLOAT = "galore-mem-float-weights"
 Named = list[tuple[str, torch.Tensor]]
 
 
@@ -31,6 +42,7 @@ class Ours:
     options: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     told: Mapping[str, int | float | str] = field(default_factory=dict)
+    implementation: str = "galore-mem"
 
     def __str__(self) -> str:
         more = {**self.options, **self.arguments}
@@ -38,11 +50,15 @@ class Ours:
 
     @property
     def ledger(self) -> Implementation:
-        return method(self.method).implementation("galore-mem")
+        return method(self.method).implementation(self.implementation)
 
     @property
     def projects(self) -> bool:
-        return issubclass(self.made, Projected)
+        return "rank" in self.made.RANGES
+
+    def every(self, steps: int) -> dict[str, int]:
+        """The option that renews projections every so many steps."""
+        return {"kappa" if self.made is Flora else "update_proj_gap": steps}
 
     def job(self, rank: int = RANK) -> Job:
         told = {"rank": rank, **self.told} if self.projects else dict(self.told)
@@ -60,7 +76,7 @@ class Ours:
             }
         if not self.projects:
             return self.made([*regular, *projected], **{**arguments, **changed})
-        group = {"rank": RANK, "update_proj_gap": 4, **self.options}
+        group = {"rank": RANK, **self.every(4), **self.options}
         group.update({name: changed.pop(name) for name in tuple(changed) if name not in ("lr", "betas", "eps")})
         groups: list[dict[str, Any]] = [{"params": regular}] if regular else []
         groups += [{"params": projected, **group}] if projected else []
@@ -78,4 +94,14 @@ OURS = (
     Ours("galore-mini", GaLoreMini, {"proj_type": "full"}, told={"proj_type": "full"}),
     Ours("galore-mini-1", GaLoreMini, arguments={"approach": 1}),
     Ours("galore-mini-2", GaLoreMini, arguments={"approach": 2}),
+    Ours("galore-adafactor", GaLoreAdafactor),
+    Ours("galore-adafactor", GaLoreAdafactor, arguments={"beta1": 0.9}, told={"beta1": 0.9}),
+    Ours("tensor-galore", TensorGaLoreAdamW),
+    Ours("flora", Flora),
+    Ours("flora", Flora, arguments={"beta1": 0.0}, told={"beta1": 0.0}),
+    Ours("galore-8bit", GaLoreAdamW8bit),
+    Ours("galore-8bit", GaLoreAdamW8bit, {"proj_type": "full"}, told={"proj_type": "full"}),
+    # these tables have float weights; INT8 ones: test_methods_q_galore.py, test_optim_quantized.py
+    Ours("q-galore", QGaLoreAdamW8bit, implementation=FLOAT),
+    Ours("q-galore", QGaLoreAdamW8bit, {"proj_type": "full"}, told={"proj_type": "full"}, implementation=FLOAT),
 )

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  # its import makes tensors
 import pytest
 import torch
 from allocations import allocations
@@ -18,7 +19,7 @@ from ours import OURS, Ours
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import galore_mem
-from galore_mem.optim import LayerWise, for_trainer
+from galore_mem.optim import LayerWise, QGaLoreAdamW8bit, for_trainer, quantize_linears
 from galore_mem.setup import recipe
 
 SIZES: dict[str, Any] = {
@@ -26,6 +27,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "tie_word_embeddings": False, "max_position_embeddings": 64,
 }  # fmt: skip
 RANK, GAP, TOKENS = 32, 3, 8
+INT8 = Ours("q-galore", QGaLoreAdamW8bit)
 MARK = 1_234_567
 RECIPES = {"float32": "fp32", "bfloat16": "pure-bf16"}
 # Not followed: scalars (the loss, Python numbers as tensors, the gradients' smallest and largest values), at most 8
@@ -38,7 +40,9 @@ def predicted(ours: Ours, folder: Path, fmt: str, *, layerwise: bool) -> dict[st
     (folder / "config.json").write_text(json.dumps(config))
     setup = galore_mem.Setup(recipe(RECIPES[fmt]), batch_size=1, seq_len=TOKENS, device="cpu", layerwise=layerwise)
     rank = RANK if ours.projects else None
-    (found,) = galore_mem.estimate(str(folder), [ours.method], rank=rank, setup=setup, **ours.told).estimates
+    (found,) = galore_mem.estimate(
+        str(folder), [ours.method], implementation=ours.implementation, rank=rank, setup=setup, **ours.told
+    ).estimates
     highest = max(p.allocated_bytes for p in found.phases if p.name != "refresh")
     return {"step": highest, "refresh": max(highest, *(p.allocated_bytes for p in found.phases))}
 
@@ -49,9 +53,11 @@ def measured(ours: Ours, fmt: str, *, layerwise: bool) -> dict[str, int]:
     def life() -> None:
         config = LlamaConfig(**SIZES, attn_implementation="sdpa")
         model = LlamaForCausalLM(config).to(getattr(torch, fmt))
+        if ours.ledger.linear == "int8":
+            quantize_linears(model)
         options = {**ours.arguments, **ours.options, "layerwise": LayerWise() if layerwise else None}
         if ours.projects:
-            options |= {"rank": RANK, "update_proj_gap": GAP}
+            options |= {"rank": RANK, **ours.every(GAP)}
         made, arguments = for_trainer(model, ours.made, lr=1e-3, **options)
         optimizer = made(**arguments)
         ids = torch.randint(0, SIZES["vocab_size"], (1, TOKENS))
@@ -73,7 +79,7 @@ def measured(ours: Ours, fmt: str, *, layerwise: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("layerwise", [False, True], ids=["step", "layer-wise"])
 @pytest.mark.parametrize("fmt", RECIPES)
-@pytest.mark.parametrize("ours", OURS, ids=str)
+@pytest.mark.parametrize("ours", [*OURS, INT8], ids=str)
 def test_estimate_meets_the_allocator(ours: Ours, fmt: str, layerwise: bool, tmp_path: Path) -> None:
     said, seen = predicted(ours, tmp_path, fmt, layerwise=layerwise), measured(ours, fmt, layerwise=layerwise)
     assert abs(said["step"] - seen["step"]) <= SCALARS
