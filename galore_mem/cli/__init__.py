@@ -46,12 +46,13 @@ def _main(
 
 
 def _register() -> None:
-    from galore_mem.cli import estimate, models, papers, schema
+    from galore_mem.cli import estimate, models, papers, schema, verify
 
     app.command("estimate")(estimate.command)
     app.command("models")(models.command)
     app.command("papers")(papers.command)
     app.command("schema")(schema.command)
+    app.add_typer(verify.app, name="verify")
 
 
 _register()

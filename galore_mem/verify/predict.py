@@ -1,0 +1,90 @@
+"""What the estimate says of a case, in the phases that can be measured. No torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from galore_mem.estimator import Case as Estimated
+from galore_mem.estimator import budget, check, given_for
+from galore_mem.ledger import Entry, ledger
+from galore_mem.memory.network import Layout, place
+from galore_mem.memory.phases import Work, stepping
+from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE
+from galore_mem.methods.base import Slot, Slots
+from galore_mem.methods.registry import method
+from galore_mem.verify.case import TRAIN, Case, Sizes
+from galore_mem.verify.matrix import model_of
+
+
+class Prediction(NamedTuple):
+    """The case as the estimator sees it, its sizes, and every tensor that stays."""
+
+    work: Work
+    sizes: Sizes
+    entries: tuple[Entry, ...]
+
+
+def predict(case: Case) -> Prediction:
+    """The estimate of a case. Raises `InputError` for what cannot be estimated."""
+    spec, found = model_of(case.model), method(case.method)
+    code, given = found.implementation(case.implementation), given_for(found, case.hyperparameters)
+    check(spec, case.setup(), (case.method,), "implementation", case.targets, case.hyperparameters)
+    asked = Estimated(spec, case.setup(), found, code, case.targets, given)
+    work = asked.work()
+    if case.workload == TRAIN:
+        made = budget(asked)
+        phases = _measurable({p.name: p.allocated_bytes for p in made.phases})
+        sizes = Sizes(made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes, phases)
+        return Prediction(work, sizes, made.entries)
+    entries = tuple(ledger(work.model, work.code, work.job, work.targets))
+    sums = dict.fromkeys(("weights", "gradients", "optimizer_state"), 0)
+    for e in entries:
+        sums[e.kind] += e.total
+    if work.setup.layerwise:
+        sums["gradients"] = max(e.nbytes for e in entries if e.kind == "gradients")
+    sizes = Sizes(sums["weights"], sums["gradients"], sums["optimizer_state"], _steps(work))
+    return Prediction(work, sizes, entries)
+
+
+def _measurable(phases: dict[str, int]) -> dict[str, int]:
+    """The loss is computed inside the model's forward pass, and what is loaded is never alone."""
+    kept = {name: n for name, n in phases.items() if name not in ("load", "loss")}
+    if "forward" in kept:
+        kept["forward"] = max(kept["forward"], phases.get("loss", 0))
+    return kept
+
+
+def _steps(work: Work) -> dict[str, int]:
+    """The optimizer's steps alone, without workspaces: over all parameters, or one by one with its gradient."""
+    if not work.setup.layerwise:
+        return {name: sum(moment.live) for name, moment in stepping(work).peaks.items()}
+    found = {"step": _one_by_one(work, refresh=False)}
+    if work.code.refreshes:
+        found["refresh"] = _one_by_one(work, refresh=True)
+    return found
+
+
+def _one_by_one(work: Work, *, refresh: bool) -> int:
+    """The highest moment of a step in which only one gradient exists at a time."""
+    tape = work.tape()
+    tape.grad_enabled = False
+    layout: Layout = work.layout()
+    shared = [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in work.code.shared(work.job)]
+    slots: list[Slot] = []
+    frozen = []
+    for row, _, layer in layout.rows(work.model.num_layers):
+        for stored, trained in row.tensors:
+            weight = place(tape, stored)
+            if trained is None:
+                frozen.append(weight)
+                continue
+            slot = Slot(tape, trained, layer, weight, None)
+            layout.states.give(slot)
+            slots.append(slot)
+    tape.mark("step", 0, "all")
+    for slot in slots:
+        slot.grad = tape.empty(slot.param.shape, slot.param.dtype, GRADIENTS)
+        work.code.step(Slots(tape, [slot], None), work.job, refresh)
+        slot.grad = None
+    del shared, frozen
+    return max(peak.total for peak in tape.peaks.values())

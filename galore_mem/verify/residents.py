@@ -1,0 +1,55 @@
+"""The tensors that a value keeps alive, found through whatever Python holds them, and their storages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.Generator)
+
+
+def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every plain tensor under `value` with its dotted path: inside tensor subclasses, containers and objects."""
+    yield from _walk(value, name, set())
+
+
+def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, PLAIN) or callable(value) or id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: Iterable[tuple[Any, Any]]
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        inner = [(key, getattr(value, key)) for key in value.__tensor_flatten__()[0]]
+    elif isinstance(value, Tensor):
+        yield name, value
+        return
+    elif isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list | tuple | set):
+        inner = enumerate(value)
+    else:
+        slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
+        inner = {**getattr(value, "__dict__", {}), **{s: getattr(value, s, None) for s in slots}}.items()
+    for key, one in inner:
+        yield from _walk(one, f"{name}.{key}" if name else str(key), seen)
+
+
+def storage(t: Tensor) -> tuple[int, int]:
+    """What tells a storage from others, and its bytes."""
+    kept = t.untyped_storage()
+    return kept.data_ptr(), kept.nbytes()
+
+
+def total(found: Iterable[Tensor], device: torch.device, known: set[int] | None = None) -> int:
+    """Bytes of the storages on a device, each once. Those in `known` are left out; the others join it."""
+    counted = set() if known is None else known
+    size = 0
+    for t in found:
+        key, nbytes = storage(t)
+        if t.device.type == device.type and nbytes and key not in counted:
+            counted.add(key)
+            size += nbytes
+    return size

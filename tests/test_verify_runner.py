@@ -1,0 +1,191 @@
+"""The runner and the record: whatever becomes of one case's process, the others' results stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from galore_mem.errors import InputError
+from galore_mem.verify.case import BufferPair, Case, Outcome, Sizes
+from galore_mem.verify.record import Record, dump, load
+from galore_mem.verify.runner import judged, run, run_one
+
+CASE = Case("small-llama", "adamw", "torch-loop")
+OTHER = Case("small-llama", "galore", "galore-mem", recipe="pure-bf16", hyperparameters={"rank": 8})
+SIZES = Sizes(100, 100, 200, {"step": 500, "refresh": 600})
+FINE = Outcome(
+    CASE, "ok", "", SIZES, SIZES, (BufferPair("w", "exp_avg", (5, 5), "float32", 100, 100),), {"device": "cpu"}
+)
+
+
+def python(program: str) -> tuple[str, ...]:
+    """A worker that runs this program."""
+    return sys.executable, "-c", program
+
+
+def answering(outcome: Outcome) -> tuple[str, ...]:
+    return python(f"import sys; sys.stdin.read(); print({json.dumps(dump(outcome))})")
+
+
+# -- how a process can end ---------------------------------------------------------------------------
+
+
+def test_an_answer_is_taken() -> None:
+    assert run_one(CASE, worker=answering(FINE)) == FINE
+
+
+def test_a_killed_process_is_out_of_memory_or_killed_by_hand() -> None:
+    outcome = run_one(CASE, worker=python("import os; os.kill(os.getpid(), 9)"))
+    assert (outcome.status, "SIGKILL" in outcome.detail) == ("oom", True)
+
+
+def test_a_crash_names_its_signal() -> None:
+    outcome = run_one(CASE, worker=python("import os; os.kill(os.getpid(), 11)"))
+    assert outcome.status == "failed"
+    assert "SIGSEGV" in outcome.detail
+
+
+def test_a_process_that_hangs_is_ended() -> None:
+    outcome = run_one(CASE, timeout=0.5, worker=python("import time; time.sleep(60)"))
+    assert outcome.status == "failed"
+    assert "within 0.5 seconds" in outcome.detail
+
+
+def test_a_process_that_fails_says_its_last_line() -> None:
+    outcome = run_one(CASE, worker=python("raise SystemExit('no such thing')"))
+    assert outcome.status == "failed"
+    assert "code 1: no such thing" in outcome.detail
+
+
+@pytest.mark.parametrize("said", ["", "not json", "[]", '{"status": "ok"}', "{" * 5000])
+def test_an_answer_that_is_none_is_a_failure(said: str) -> None:
+    assert run_one(CASE, worker=python(f"print({said!r})")).status == "failed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space limits are Linux's")
+def test_memory_that_runs_out_is_that_cases_status() -> None:
+    """The real worker with 1.6 GiB of address space; weights and gradients are 2 x 536 MB, moments as much again."""
+    limited = python(
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (1600 * 2**20,) * 2);"
+        "runpy.run_module('galore_mem.verify.worker', run_name='__main__')"
+    )
+    outcome = run_one(Case("llama-130m", "adamw", "torch-loop"), worker=limited)
+    assert outcome.status == "oom", outcome.detail
+    assert "memory" in outcome.detail
+
+
+# -- the record --------------------------------------------------------------------------------------
+
+
+def test_outcomes_survive_the_record(tmp_path: Path) -> None:
+    record = Record(tmp_path / "runs.jsonl")
+    for outcome in (FINE, Outcome(OTHER, "oom", "killed")):
+        record.append(outcome)
+    assert record.read() == [FINE, Outcome(OTHER, "oom", "killed")]
+
+
+def test_results_are_in_the_record_before_the_next_case_begins(tmp_path: Path) -> None:
+    """Ctrl-C in the second case: the first is there."""
+    record = Record(tmp_path / "runs.jsonl")
+
+    def begun(case: Case) -> None:
+        if case == OTHER:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run([CASE, OTHER], record=record, worker=answering(FINE), begun=begun))
+    assert record.read() == [FINE]
+
+
+def test_resume_runs_what_is_missing_or_failed(tmp_path: Path) -> None:
+    record = Record(tmp_path / "runs.jsonl")
+    record.append(FINE)
+    record.append(Outcome(OTHER, "failed", "crashed"))
+    begun: list[Case] = []
+    third = Case("small-tied", "adamw", "torch-loop")
+    list(run([CASE, OTHER, third], record=record, resume=True, worker=answering(FINE), begun=begun.append))
+    assert begun == [OTHER, third]
+
+
+def test_a_cut_last_line_is_dropped_and_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    whole = dump(FINE)
+    path.write_text(f"{whole}\n{whole[:40]}")
+    assert Record(path).read() == [FINE]
+    Record(path).append(Outcome(OTHER, "oom"))
+    assert Record(path).read() == [FINE, Outcome(OTHER, "oom")]
+
+
+@pytest.mark.parametrize(
+    "text", ["{}\n", "[1]\n", '{"schema": "other/1"}\n', "\x00\x01\n", "{" * 10_000 + "\n", '{"schema": 1e999}\n']
+)
+def test_a_foreign_record_is_refused_by_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.jsonl"
+    path.write_text(dump(FINE) + "\n" + text)
+    with pytest.raises(InputError, match="line 2"):
+        Record(path).read()
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not text"):
+        Record(path).read()
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(tmp_path / "runs.jsonl")
+    record.append(FINE)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            record.append(Outcome(OTHER, "oom"))
+    assert record.read() == [FINE]
+
+
+def test_a_record_is_an_ordinary_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ordinary file"):
+        Record(tmp_path).append(FINE)
+
+
+def test_a_case_from_elsewhere_is_refused() -> None:
+    with pytest.raises(InputError):
+        load({"model": "m", "method": "adamw", "implementation": "x", "bogus": 1})
+    with pytest.raises(InputError, match="workload"):
+        Case("m", "adamw", "torch-loop", "sideways")
+    with pytest.raises(InputError, match="option"):
+        Case("m", "adamw", "torch-loop", options={"speed": 1})
+
+
+# -- the verdict -------------------------------------------------------------------------------------
+
+
+def test_a_byte_of_state_is_a_mismatch_and_a_peak_has_a_tolerance() -> None:
+    state = Outcome(CASE, "ok", "", SIZES, Sizes(100, 100, 201, SIZES.phases))
+    assert judged(state, 0.02).status == "mismatch"
+    assert "optimizer_state_bytes: measured 201, predicted 200 (-1)" in judged(state, 0.02).detail
+    peak = Outcome(CASE, "ok", "", SIZES, Sizes(100, 100, 200, {"step": 505, "refresh": 600}))
+    assert judged(peak, 0.02).status == "ok"  # 5 of 505 is 0.99 %
+    assert judged(peak, 0.005).status == "mismatch"
+
+
+def test_a_buffer_that_is_missing_or_not_predicted_is_a_mismatch() -> None:
+    for pair in (BufferPair("w", "step", (), "float32", 4, None), BufferPair("w", "junk", (3,), "float32", None, 12)):
+        assert judged(Outcome(CASE, "ok", "", SIZES, SIZES, (pair,)), 0.02).status == "mismatch"
+    assert judged(FINE, 0.0).status == "ok"
+
+
+def test_errors_are_signed_and_relative_to_the_measurement() -> None:
+    said = Outcome(CASE, "ok", "", Sizes(50, 100, 0, {"step": 450}), Sizes(100, 100, 0, {"step": 500}))
+    assert said.rel_error() == {
+        "weights_bytes": -0.5, "gradients_bytes": 0.0, "optimizer_state_bytes": 0.0,
+        "peak_allocated_bytes": -0.1, "phases": {"step": -0.1},
+    }  # fmt: skip
