@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from allocations import allocations
 from ledgers import SCALAR
-from plain_low_rank import HEAD_DIM
 
 from galore_mem.dtypes import dtype
 from galore_mem.memory.tape import GRADIENTS, WEIGHTS, Shape, Tape, Tensor
@@ -19,6 +18,7 @@ from galore_mem.methods.base import Implementation, Job, Slot, Slots, Trained
 from galore_mem.spec.model import Heads, Role
 
 M, N = 256, 688
+HEAD_DIM = 8
 WIDE, TALL = (M, N), (N, M)
 FORMATS = ("float32", "bfloat16")
 HEADS = Heads(N, N // HEAD_DIM, N // HEAD_DIM, HEAD_DIM)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ledgers import job, measured, predicted
 from low_rank import ALL, FORMATS, TALL, WIDE, Build, Param, program_peak, run, step_peak
-from plain_low_rank import RANK, Plain, State
+from plain import RANK, Plain, State
 from torch import Tensor
 
 from galore_mem.methods.base import Job
