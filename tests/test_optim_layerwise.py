@@ -3,6 +3,9 @@ models that share, freeze or recompute. Gradients are freed on the way."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from ours import OURS, Ours
@@ -21,7 +24,7 @@ from small import (
 )
 from torch.nn.utils import clip_grad_value_
 
-from galore_mem.optim import LayerWise
+from galore_mem.optim import AdamMini, LayerWise
 from galore_mem.optim.base import MICRO, PENDING, Found
 
 STEPS = 2 * GAP + 2  # projectors are renewed at 0, GAP and 2·GAP
@@ -217,3 +220,21 @@ def test_a_closure_is_run_with_gradients(ours: Ours, layerwise: LayerWise | None
     assert optimizer.step(closure) == 2.5
     train(twin, plain, range(1))
     assert snapshot(named, optimizer)["weights"] == snapshot(twin, plain)["weights"]
+
+
+@pytest.mark.parametrize("layerwise", [None, LayerWise()], ids=["step", "layer-wise"])
+def test_a_forgotten_optimizer_is_freed_with_its_parameters(layerwise: LayerWise | None) -> None:
+    """Hooks are out of the collector's sight: one that held its optimizer would keep both alive for good."""
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = AdamMini([("p", p)], layerwise=layerwise)
+    p.sum().backward()
+    optimizer.step()
+    gone = weakref.ref(optimizer), weakref.ref(p)
+    del optimizer
+    gc.collect()
+    assert gone[0]() is None
+    p.sum().backward()  # as with any parameter whose optimizer is gone
+    AdamMini([("p", p)], layerwise=LayerWise())  # and it may have another
+    del p
+    gc.collect()
+    assert gone[1]() is None

@@ -173,7 +173,7 @@ def test_reentrant_checkpointing_of_a_shared_weight_is_refused() -> None:
     other kind adds them up first."""
     for reentrant in (True, False):
         layer = torch.nn.Linear(8, 8, bias=False)
-        GaLoreAdamW([("shared", layer.weight)], layerwise=LayerWise())
+        optimizer = GaLoreAdamW([("shared", layer.weight)], layerwise=LayerWise())
         x = torch.randn(2, 8, requires_grad=True)
         for _ in range(2):
             x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
@@ -183,6 +183,7 @@ def test_reentrant_checkpointing_of_a_shared_weight_is_refused() -> None:
         else:
             x.sum().backward()
             assert layer.weight.grad is None
+        del optimizer  # parameters do not keep it
 
 
 def test_a_second_layer_wise_optimizer_is_refused() -> None:

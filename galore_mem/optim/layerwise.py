@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -44,17 +45,19 @@ class LayerWise:
             raise InputError("clip_value must be above 0: no gradient would be left")
 
 
-@dataclass(frozen=True, slots=True)
 class Hook:
-    """Calls `run(p, group, i)` when a backward pass has added to the gradient of the parameter at this place."""
+    """Calls the optimizer's method `run(p, group, i)` when a backward pass has added to the gradient of the parameter at
+    this place. The optimizer is held weakly: parameters hold their hooks where Python's collector does not look, and
+    neither would ever be freed."""
 
-    run: Callable[[Tensor, int, int], None]
-    group: int
-    i: int
+    def __init__(self, run: Callable[[Tensor, int, int], None], group: int, i: int) -> None:
+        self.run, self.group, self.i = WeakMethod(run), group, i
 
     def __call__(self, p: Tensor) -> None:
-        with torch.no_grad():
-            self.run(p, self.group, self.i)
+        run = self.run()
+        if run is not None:
+            with torch.no_grad():
+                run(p, self.group, self.i)
 
     def register(self, p: Tensor) -> Any:
         """Returns torch's handle, whose `remove()` takes the hook away."""
@@ -63,7 +66,8 @@ class Hook:
 
 def has_hook(p: Tensor) -> bool:
     """Is the parameter updated in the backward pass by one of our optimizers?"""
-    return any(isinstance(hook, Hook) for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values())
+    hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+    return any(isinstance(hook, Hook) and hook.run() is not None for hook in hooks)
 
 
 def distributed() -> bool:
