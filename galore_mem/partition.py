@@ -93,9 +93,10 @@ def partition(name: str, shape: Shape, heads: Heads | None, *, transposed: bool 
     else:
         runs, repeat = ((1, d), (1, d), (d, 1)), heads.num_attention_heads
     found = rows._replace(runs=tuple(runs), repeat=repeat)
-    if found.rows != rows.rows:
+    if found.rows != rows.rows or (parts & QUERY_KEY and rows.rows > heads.num_attention_heads * d):
         raise InputError(
             f"adam-mini: {name} has {rows.rows} rows, which this model's heads do not add up to "
-            f"(head_dim {d}, {heads.num_attention_heads} query and {heads.num_key_value_heads} key-value heads)"
+            f"(head_dim {d}, {heads.num_attention_heads} query and {heads.num_key_value_heads} key-value heads); "
+            "for galore_mem.optim give its partition by name"
         )
     return found

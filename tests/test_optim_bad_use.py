@@ -179,7 +179,10 @@ def test_names_are_needed_for_partitions() -> None:
         AdamMini([MATRIX])
     with pytest.raises(InputError, match=r"GaLoreMini decides by names .*named_parameters"):
         GaLoreMini([{"params": [MATRIX], "rank": 2}])
-    with pytest.raises(InputError, match=r"^layer.q_proj.weight: .*head_dim"):
+    with pytest.raises(
+        InputError,
+        match=r"^layer.q_proj.weight: .*form a head is not known; pass partition=galore_mem.optim.partition_of",
+    ):
         AdamMini([("layer.q_proj.weight", MATRIX)])
 
 

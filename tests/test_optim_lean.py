@@ -38,10 +38,11 @@ def test_a_galore_step_needs_the_low_rank_gradient_only(fmt: str, shape: tuple[i
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_galore_mini_step_makes_nothing_of_the_weights_size(fmt: str) -> None:
     """Wide: the low-rank gradient (64 x 688) is gone when the projector (256 x 64) is divided. Tall: rows are divided
-    on the first moment, in the gradient's tensor, beside 688 values in float32 (and in bfloat16)."""
+    on the first moment, in the gradient's tensor, beside 688 values in float32 and as many flags (rows without a
+    gradient), or as many values in bfloat16."""
     wide = step_peak(builder(GaLoreMini), (Param(WIDE),), fmt, 3)
     tall = step_peak(builder(GaLoreMini), (Param(TALL),), fmt, 3)
-    values = N * 4 + (N * 2 if fmt == "bfloat16" else 0)
+    values = N * 4 + (N * 2 if fmt == "bfloat16" else N)
     assert wide == 44_032 * BYTES[fmt]
     assert tall == 44_032 * BYTES[fmt] + values
 

@@ -17,7 +17,7 @@ head, one value per MLP matrix.
 
 from __future__ import annotations
 
-from galore_mem.dtypes import DType, at_least_float32
+from galore_mem.dtypes import BOOL, DType, at_least_float32
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adam_mini_peers as peers
 from galore_mem.methods.base import Buffer, Citation, Implementation, Job, Method, Slot, Slots, Trained
@@ -62,6 +62,7 @@ def mean_squares(slot: Slot, part: Partition) -> Tensor:
 def divisor(slot: Slot, part: Partition) -> Tensor:
     """`sqrt(exp_avg_sq) + eps`, a value per row in the gradient's format."""
     values = slot.new((part.blocks,), at_least_float32(slot.param.dtype))
+    slot.new((part.blocks,), BOOL)  # which blocks have had no gradient
     return cast(slot, per_row(slot, part, values), slot.param.dtype)
 
 

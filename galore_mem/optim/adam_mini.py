@@ -21,9 +21,9 @@ from torch import Tensor
 from galore_mem.errors import InputError
 from galore_mem.methods import adam_mini
 from galore_mem.methods.base import Buffer
+from galore_mem.optim.adamw import FLOAT16_LEAST, corrections, decay
 from galore_mem.optim.base import Found, Group, LayerWise, ParameterWise, State, members
 from galore_mem.optim.blocks import as_rows, mean_squares, per_row
-from galore_mem.optim.galore import FLOAT16_LEAST, corrections, decay
 from galore_mem.partition import Partition, partition
 
 
@@ -49,8 +49,9 @@ class Partitioned(ParameterWise):
         given = at.group.get("partition")
         if given is not None and len(given) != len(at.group["params"]):
             raise InputError(f"partition has {len(given)} entries for {len(at.group['params'])} parameters")
+        part = self._partition(at)
         try:
-            self._partition(at).check(tuple(at.p.shape))
+            part.check(tuple(at.p.shape))
         except InputError as error:
             raise InputError(f"{at.name}: {error}") from None
 
@@ -60,9 +61,19 @@ class Partitioned(ParameterWise):
                 f"{type(self).__name__} decides by names which rows share a second moment; give it "
                 "model.named_parameters(), or groups from galore_mem.optim.parameter_groups(model)"
             )
-        if self._partitions is not None and at.name in self._partitions:
-            return self._partitions[at.name]
-        return partition(at.name, tuple(at.p.shape), None)
+        given = {} if self._partitions is None else self._partitions
+        if not isinstance(given, Mapping):
+            raise InputError(f"partition must map names to Partition, got {type(given).__name__}")
+        if at.name in given:
+            return given[at.name]
+        try:
+            return partition(at.name, tuple(at.p.shape), None)
+        except InputError:
+            other = f" (the one given has no such name, but {next(iter(given))!r})" if given else ""
+            raise InputError(
+                f"{at.name}: which of its rows form a head is not known; "
+                f"pass partition=galore_mem.optim.partition_of(model){other}"
+            ) from None
 
     def _partition(self, at: Found) -> Partition:
         given = at.group.get("partition")
@@ -79,10 +90,13 @@ def second_moment(grad: Tensor, state: State, group: Group, part: Partition) -> 
 
 
 def divisor(state: State, part: Partition, dtype: torch.dtype, eps: float) -> Tensor:
-    """`sqrt(exp_avg_sq) + ε` per row, in the gradient's format."""
-    values = state["exp_avg_sq"].sqrt().add_(eps)
+    """`sqrt(exp_avg_sq) + ε` per row, in the gradient's format; infinite where no row has had a gradient, so that what
+    is divided does not move it."""
+    average: Tensor = state["exp_avg_sq"]
+    values = average.sqrt().add_(eps)
     if dtype is torch.float16:
         values.clamp_(min=FLOAT16_LEAST)
+    values.masked_fill_(average == 0, torch.inf)
     return per_row(values, part).to(dtype)
 
 
@@ -130,7 +144,6 @@ class AdamMini(Partitioned):
     def _update(self, at: Found, grad: Tensor | None, state: State) -> None:
         assert grad is not None
         adam_mini_(at.p, grad, state, at.group, self._partition(at))
-        state["step"] = state.get("step", 0) + 1
 
     def _buffers(self, at: Found) -> tuple[Buffer, ...]:
         return adam_mini.buffers(self._trained(at), self._partition(at))

@@ -37,6 +37,13 @@ __all__ = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+# what a group may hold besides the optimizer's options: its members, and what schedulers and trainers write there
+FREE = frozenset((
+    "params", "param_names", "partition", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum",
+    "swa_lr", "lr_scale",
+))  # fmt: skip
+
+
 class ParameterWise(torch.optim.Optimizer):
     """The base class. Give it `model.named_parameters()`, and errors name the parameter.
 
@@ -55,6 +62,7 @@ class ParameterWise(torch.optim.Optimizer):
     IMPLEMENTATION: ClassVar[str] = "galore-mem"
     RANGES: ClassVar[Mapping[str, Range]] = {"lr": Range(), "eps": Range(), "weight_decay": Range()}
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    FLAGS: ClassVar[tuple[str, ...]] = ()
     INT8: ClassVar[bool] = False  # does it update INT8 weights?
 
     def __init__(
@@ -73,9 +81,13 @@ class ParameterWise(torch.optim.Optimizer):
             )
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
             raise InputError(f"params must be an iterable of parameters or of groups, got {type(params).__name__}")
+        if isinstance(params, set | frozenset):
+            raise InputError("params must have an order, by which a saved state is found again; a set has none")
         given = list(params)
         if not given:
             raise InputError("the optimizer got no parameters; is everything frozen?")
+        if not isinstance(error_if_nonfinite, bool):
+            raise InputError(f"error_if_nonfinite must be True or False, got {error_if_nonfinite!r}")
         self.error_if_nonfinite = error_if_nonfinite
         self.layerwise = layerwise
         self._hooks: list[Any] = []
@@ -90,7 +102,7 @@ class ParameterWise(torch.optim.Optimizer):
 
     def _update(self, at: Found, grad: Tensor | None, state: State) -> None:
         """One update of `at.p`, in place; may change `state` only when nothing can fail any more. `grad` is None where
-        all of it is in `state[PENDING]`."""
+        all of it is in `state[PENDING]`; `state["step"]`, if there, is the number of updates before this."""
         raise NotImplementedError
 
     def _compressed(self, at: Found, grad: Tensor, state: State) -> Tensor | None:
@@ -132,6 +144,9 @@ class ParameterWise(torch.optim.Optimizer):
         where = f"group {len(self.param_groups)}"
         if not isinstance(param_group, dict) or param_group.get("params") is None:
             raise InputError(f"{where} must be a dict with params, got {type(param_group).__name__}")
+        for name in param_group:
+            if name not in self.defaults and name not in FREE:
+                raise unknown("option of a parameter group", str(name), self.defaults)
         try:
             super().add_param_group(dict(param_group))  # torch writes the defaults into the dict it is given
         except (TypeError, ValueError) as error:
@@ -174,6 +189,9 @@ class ParameterWise(torch.optim.Optimizer):
         for name, choices in self.CHOICES.items():
             if group[name] not in choices:
                 raise unknown(name, str(group[name]), choices)
+        for name in self.FLAGS:
+            if not isinstance(group[name], bool):
+                raise InputError(f"{name} must be True or False, got {group[name]!r}")
         if "betas" in group:
             betas = group["betas"]
             if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -200,7 +218,9 @@ class ParameterWise(torch.optim.Optimizer):
         """One step over all parameters that have a gradient. Raises `InputError` before the first update where a
         gradient is sparse, of another shape, NaN or infinite. An SVD that fails although its gradient is finite raises
         when its parameter is reached: that one is as it was, those before it are updated."""
-        if self.__dict__.pop("grad_scale", None) is not None:  # see `_step_supports_amp_scaling`
+        if "grad_scale" in self.__dict__:  # see `_step_supports_amp_scaling`; None after `scaler.unscale_`
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
             raise InputError("a layer-wise update has used the gradients before the loss scaler can unscale them")
         loss = None
         if closure is not None:
@@ -226,6 +246,7 @@ class ParameterWise(torch.optim.Optimizer):
         """Updates one parameter. The gradient of a layer-wise update is freed."""
         state = self.state.get(at.p, {})
         self._update(at, at.p.grad, state)
+        state["step"] = state.get("step", 0) + 1
         state.pop(PENDING, None)
         state.pop(MICRO, None)
         self.state[at.p] = state

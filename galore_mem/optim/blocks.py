@@ -16,12 +16,12 @@ def as_rows(t: Tensor) -> Tensor:
     """A parameter as a matrix: a vector as one column, more dimensions as rows of the last."""
     if t.dim() < 2:
         return t.view(-1, 1)
-    return t if t.dim() == 2 else t.flatten(0, -2)
+    return t if t.dim() == 2 else t.view(-1, t.shape[-1])  # never a copy: it is written to
 
 
 def mean_squares(grad: Tensor, part: Partition) -> Tensor:
     """The mean of the squared gradient over each block. `vector_norm` reads the gradient without a copy."""
-    rows, along = as_rows(grad), 1 - part.dim
+    rows, along = as_rows(grad if grad.dim() <= 2 else grad.contiguous()), 1 - part.dim
     wide = torch.promote_types(grad.dtype, torch.float32)
     squares = torch.linalg.vector_norm(rows, dim=along, keepdim=True).to(wide).square_().div_(rows.shape[along])
     return squares if part.one_each else _means(squares, part)

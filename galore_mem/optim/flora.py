@@ -107,7 +107,6 @@ class Flora(ParameterWise):
     def _update(self, at: Found, grad: Tensor | None, state: State) -> None:
         assert grad is not None
         (self._compressed_momentum if self._compresses(at) else self._whole_momentum)(at, grad, state)
-        state["step"] = state.get("step", 0) + 1
 
     def _whole_momentum(self, at: Found, grad: Tensor, state: State) -> None:
         """Adafactor with a first moment as it is, or with none."""

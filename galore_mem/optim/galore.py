@@ -22,52 +22,9 @@ import torch
 from torch import Tensor
 
 from galore_mem.methods import galore
+from galore_mem.optim.adamw import adamw, averaged, corrections, decay
 from galore_mem.optim.base import Found, Group, LayerWise, State
-from galore_mem.optim.projected import DEFAULTS, LowRank, Projected
-
-FLOAT16_LEAST = 2.0**-24  # the smallest float16 above 0
-
-
-def moments(state: State, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`exp_avg` in the gradient's format, and `exp_avg_sq` (float32 where that is float16: squares leave its range)."""
-    if "exp_avg" not in state:
-        squares = torch.float32 if like.dtype is torch.float16 else like.dtype
-        state["exp_avg"] = torch.zeros_like(like)
-        state["exp_avg_sq"] = torch.zeros_like(like, dtype=squares)
-    return state["exp_avg"], state["exp_avg_sq"]
-
-
-def averaged(state: State, grad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Both moments with this step's gradient in them."""
-    beta1, beta2 = group["betas"]
-    exp_avg, exp_avg_sq = moments(state, grad)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    return exp_avg, exp_avg_sq
-
-
-def corrections(state: State, group: Group, dtype: torch.dtype) -> tuple[float, float]:
-    """(factor, ε): the update is `factor · exp_avg / (sqrt(exp_avg_sq) + ε)`, with both bias corrections in the two.
-    ε is never rounded to 0 in the format it is added in: a zero gradient divides 0 by it."""
-    beta1, beta2 = group["betas"]
-    t = state.get("step", 0) + 1
-    root = (1 - beta2**t) ** 0.5
-    least = FLOAT16_LEAST if dtype is torch.float16 else torch.finfo(dtype).tiny
-    return root / (1 - beta1**t), max(group["eps"] * root, least)
-
-
-def decay(p: Tensor, group: Group) -> None:
-    """Decoupled weight decay."""
-    if group["weight_decay"]:
-        p.mul_(1 - float(group["lr"]) * group["weight_decay"])
-
-
-def adamw(p: Tensor, grad: Tensor, state: State, group: Group) -> None:
-    """AdamW on the parameter itself; one temporary of its size."""
-    exp_avg, exp_avg_sq = averaged(state, grad, group)
-    factor, eps = corrections(state, group, exp_avg_sq.dtype)
-    decay(p, group)
-    p.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(eps), value=-float(group["lr"]) * factor)
+from galore_mem.optim.projected import LowRank, Projected, low_rank_options
 
 
 class GaLoreAdamW(Projected):
@@ -98,7 +55,7 @@ class GaLoreAdamW(Projected):
         error_if_nonfinite: bool = True,
         **low_rank: Unpack[LowRank],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **DEFAULTS, **low_rank}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **low_rank_options(low_rank)}
         super().__init__(params, defaults, layerwise=layerwise, error_if_nonfinite=error_if_nonfinite)
 
     def _update_full(self, at: Found, grad: Tensor, state: State) -> None:

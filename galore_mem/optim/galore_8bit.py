@@ -20,10 +20,10 @@ from torch import Tensor
 
 from galore_mem.errors import InputError
 from galore_mem.methods import galore_8bit
+from galore_mem.optim.adamw import decay
 from galore_mem.optim.base import Found, LayerWise, State
 from galore_mem.optim.blockwise import Tables, adam_, begin, change_, kernels
-from galore_mem.optim.galore import decay
-from galore_mem.optim.projected import DEFAULTS, LowRank, Projected
+from galore_mem.optim.projected import LowRank, Projected, low_rank_options
 from galore_mem.optim.projection import add_raised_, carried
 
 
@@ -107,7 +107,7 @@ class GaLoreAdamW8bit(EightBit):
         error_if_nonfinite: bool = True,
         **low_rank: Unpack[LowRank],
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **DEFAULTS, **low_rank}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **low_rank_options(low_rank)}
         super().__init__(params, defaults, layerwise=layerwise, error_if_nonfinite=error_if_nonfinite)
 
     def _update_low(self, at: Found, grad: Tensor | None, state: State) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from galore_mem.methods import galore_adafactor
 from galore_mem.optim import adafactor
 from galore_mem.optim.base import Found, Group, LayerWise, Range, State
-from galore_mem.optim.projected import DEFAULTS, LowRank, Projected
+from galore_mem.optim.projected import LowRank, Projected, low_rank_options
 from galore_mem.optim.projection import carried
 
 
@@ -41,6 +41,7 @@ class GaLoreAdafactor(Projected):
     """
 
     METHOD = galore_adafactor.METHOD
+    FLAGS: ClassVar[tuple[str, ...]] = (*Projected.FLAGS, "scale_parameter", "relative_step")
     RANGES: ClassVar[Mapping[str, Range]] = {
         **{name: allowed for name, allowed in Projected.RANGES.items() if name != "eps"},
         **adafactor.RANGES,
@@ -65,7 +66,7 @@ class GaLoreAdafactor(Projected):
         defaults = {
             "lr": lr, "beta1": beta1, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate,
             "weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step,
-            **DEFAULTS, **low_rank,
+            **low_rank_options(low_rank),
         }  # fmt: skip
         super().__init__(params, defaults, layerwise=layerwise, error_if_nonfinite=error_if_nonfinite)
 

@@ -27,6 +27,8 @@ Where text, figures and algorithm differ or leave something open:
 - T: "adapted by the cosine similarity" after Q-GaLore, whose threshold of 0.4 is the default (None: T is fixed).
 - Heads: blocks of query and key are heads, as in Adam-mini. Approach 1 has no rows of the original space where these
   are projected away; it takes one value per row of the low-rank gradient, for every parameter.
+- Rows that have had no gradient at all (dead neurons): v is 0, and P may still carry other rows' moments to them, where
+  columns of P lie beyond the gradient's rank. Adam's own quotient is 0 there, so such rows do not move.
 - Approach 2 with projected rows: each low-rank row mixes all rows, with weights P; its v is (P∘P)ᵀ·v, the second moment
   that it would have if rows were uncorrelated.
 """
@@ -43,10 +45,10 @@ from galore_mem.errors import InputError
 from galore_mem.methods import galore_mini, projection
 from galore_mem.methods.base import Buffer
 from galore_mem.optim.adam_mini import Partitioned, adam_mini_, divisor, second_moment
-from galore_mem.optim.base import Found, LayerWise, State
+from galore_mem.optim.adamw import FLOAT16_LEAST, corrections, decay
+from galore_mem.optim.base import Found, Group, LayerWise, State
 from galore_mem.optim.blocks import per_row
-from galore_mem.optim.galore import FLOAT16_LEAST, corrections, decay
-from galore_mem.optim.projected import DEFAULTS, LowRank, Projected
+from galore_mem.optim.projected import LowRank, Projected, low_rank_options
 from galore_mem.optim.projection import Projectors, add_raised_, carried, rotations
 from galore_mem.partition import Partition, by_row
 
@@ -84,14 +86,17 @@ class GaLoreMini(Partitioned, Projected):
         error_if_nonfinite: bool = True,
         **low_rank: Unpack[LowRank],
     ) -> None:
-        if approach not in APPROACHES:
-            raise InputError(f"approach must be 1, 2 or 3, got {approach!r}")
         self._partitions = partition
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "approach": approach,
-            **DEFAULTS, "cos_threshold": 0.4, **low_rank,
+            **low_rank_options(low_rank, cos_threshold=0.4),
         }  # fmt: skip
         super().__init__(params, defaults, layerwise=layerwise, error_if_nonfinite=error_if_nonfinite)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["approach"] not in APPROACHES or isinstance(group["approach"], bool):
+            raise InputError(f"approach must be 1, 2 or 3, got {group['approach']!r}")
 
     def _update_full(self, at: Found, grad: Tensor, state: State) -> None:
         adam_mini_(at.p, grad, state, at.group, self._partition(at))
@@ -115,8 +120,8 @@ class GaLoreMini(Partitioned, Projected):
             if group["approach"] == 3 and side in by:
                 del low  # it has joined exp_avg
                 second_moment(grad, state, group, part)
-                scaled = by[side] / divisor(state, part, grad.dtype, eps)
-                add_raised_(at.p, exp_avg, {**by, side: scaled}, alpha)
+                each = _rates(state, part, grad.dtype, eps, alpha)
+                add_raised_(at.p, exp_avg, {**by, side: by[side] * each}, 1.0)
                 return
             second_moment(grad, state, group, part)
         through = by[side] if group["approach"] == 2 and side in by else None
@@ -141,6 +146,15 @@ class GaLoreMini(Partitioned, Projected):
         if self._projects(at) and at.group["approach"] == 1:
             part = _low_rows(projection.low_shape(trained, job), part)
         return galore_mini.buffers(trained, job, part)
+
+
+def _rates(state: State, part: Partition, dtype: torch.dtype, eps: float, alpha: float) -> Tensor:
+    """Approach 3's `alpha / (sqrt(exp_avg_sq) + ε)` per row. The projector is multiplied by the whole of it: divided by
+    the root alone it leaves float16's range."""
+    each = divisor(state, part, state["exp_avg_sq"].dtype, eps).reciprocal_().mul_(alpha)
+    if dtype is torch.float16:
+        each.clamp_(min=torch.finfo(dtype).min)
+    return each.to(dtype)
 
 
 def _low_rows(low: tuple[int, ...], part: Partition) -> Partition:

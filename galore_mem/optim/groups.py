@@ -42,6 +42,9 @@ def parameter_groups(model: nn.Module, *, target: Sequence[str] | None = None, *
 
     `target`: module names whose weights are projected (`q_proj`, `mlp`, `all-linear`); None for attention and MLP.
     Parameters without a gradient are left out. Raises `InputError` where a target names no linear layer.
+
+    Weights of linear layers are what is found: parameters with more dimensions (a convolution's, the experts that
+    transformers fuses into one) stay in the first group; make groups by hand for `TensorGaLoreAdamW`.
     """
     regular, projected = _split(model, target)
     groups: list[Group] = [{"params": regular}] if regular else []
@@ -50,12 +53,16 @@ def parameter_groups(model: nn.Module, *, target: Sequence[str] | None = None, *
 
 def _split(model: nn.Module, target: Sequence[str] | None) -> tuple[Named, Named]:
     """The parameters that are not projected, and those that are."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     targets = (target,) if isinstance(target, str) else None if target is None else tuple(target)
     given = list(rows(model))
     for name in targets or ():
         if not any(is_target(row, (name,)) for row, _ in given):
             layers = sorted({row.module_path.rpartition(".")[2] for row, _ in given if row.is_matrix_of_linear})
-            raise InputError(f"target {name!r} names no linear layer of the model; it has {', '.join(layers)}")
+            raise InputError(
+                f"target {name!r} names no linear layer of the model; it has {', '.join(layers) or 'none'}"
+            )
     regular: Named = []
     projected: Named = []
     for row, p in given:
@@ -113,6 +120,10 @@ def for_trainer(
     then, and the logged `grad_norm` is 0: gradients are gone when the Trainer looks at them (`LayerWise` can clip by
     value). `fp16` is refused at the first step; several processes at once.
     """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, ParameterWise)):
+        raise InputError(f"for_trainer takes a class of galore_mem.optim, got {optimizer!r}")
+    if options.get("rank") is not None and "rank" not in optimizer.RANGES:
+        raise InputError(f"{optimizer.__name__} has no rank; leave it out")
     if issubclass(optimizer, Partitioned):
         options.setdefault("partition", partition_of(model))
     if options.get("rank") is not None:

@@ -27,6 +27,8 @@ class LayerWise:
     of them, and schedulers expect it. More backward passes than announced are an `InputError`. To throw away what has
     been summed so far, call the optimizer's `zero_grad()`; the model's does not reach the low-rank sums.
 
+    Keep the optimizer: parameters do not, and without it nothing is updated.
+
     Save after `step()`. The sums of an accumulation that is not complete are in the optimizer's state, but not the
     gradients that stay whole: whoever saves in between keeps every `p.grad` too, and puts it back after loading.
 
@@ -46,8 +48,8 @@ class LayerWise:
 
 
 class Hook:
-    """Calls the optimizer's method `run(p, group, i)` when a backward pass has added to the gradient of the parameter at
-    this place. The optimizer is held weakly: parameters hold their hooks where Python's collector does not look, and
+    """Calls the optimizer's method `run(p, group, i)` when a backward pass has added to the gradient of the parameter
+    at this place. The optimizer is held weakly: parameters hold their hooks where Python's collector does not look, and
     neither would ever be freed."""
 
     def __init__(self, run: Callable[[Tensor, int, int], None], group: int, i: int) -> None:

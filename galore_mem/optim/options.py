@@ -10,12 +10,14 @@ from galore_mem.errors import InputError
 
 
 class Range(NamedTuple):
-    """Which values an option of a parameter group may have. `optional`: None is one of them."""
+    """Which values an option of a parameter group may have. `optional`: None is one of them; `above`: the
+    least is not."""
 
     least: float = 0.0
     below: float = float("inf")
     whole: bool = False
     optional: bool = False
+    above: bool = False
 
     def check(self, name: str, value: object) -> int | float | None:
         """The value as a plain number: numpy's cannot be loaded with `weights_only=True`. Raises `InputError` where it
@@ -23,12 +25,18 @@ class Range(NamedTuple):
         if value is None and self.optional:
             return None
         number = _number(value)
-        if number is None or (self.whole and not isinstance(number, int)) or not self.least <= number < self.below:
+        if number is None or not self._has(number):
             kind = "a whole number" if self.whole else "a number"
+            least = "above" if self.above else "of at least"
             bound = f" and below {self.below:g}" if isfinite(self.below) else ""
             none = ", or None" if self.optional else ""
-            raise InputError(f"{name} must be {kind} of at least {self.least:g}{bound}{none}, got {value!r}")
+            raise InputError(f"{name} must be {kind} {least} {self.least:g}{bound}{none}, got {value!r}")
         return number
+
+    def _has(self, number: float) -> bool:
+        if self.whole and not isinstance(number, int):
+            return False
+        return self.least <= number < self.below and not (self.above and number == self.least)
 
 
 def _number(value: object) -> int | float | None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from galore_mem.errors import InputError
+from galore_mem.errors import InputError, unknown
 from galore_mem.methods.projection import OURS, PROJ_TYPES, names, sides_of
 from galore_mem.optim.base import COUNT, PENDING, Found, ParameterWise, Range, State
 from galore_mem.optim.projection import (
@@ -76,6 +76,15 @@ DEFAULTS: LowRank = {
 }
 
 
+def low_rank_options(given: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+    """The options of low-rank groups: the defaults, an optimizer's own, what was given. Raises `InputError` for a name
+    that is none of them."""
+    for name in given:
+        if name not in DEFAULTS:
+            raise unknown("option", name, DEFAULTS)
+    return {**DEFAULTS, **changed, **given}
+
+
 class Projected(ParameterWise):
     """The base class of the GaLore family. A subclass writes `_update_low` and `_update_full`, and says in `CARRIED`
     and `CARRIED_SQUARES` which tensors `carry_moments` turns."""
@@ -93,6 +102,7 @@ class Projected(ParameterWise):
         "seed": Range(whole=True),
     }
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {"proj_type": PROJ_TYPES, "svd": SVD}
+    FLAGS: ClassVar[tuple[str, ...]] = ("carry_moments",)
     CARRIED: ClassVar[tuple[str, ...]] = ("exp_avg",)
     CARRIED_SQUARES: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
@@ -128,7 +138,6 @@ class Projected(ParameterWise):
                 assert grad is not None
                 self._refresh(at, grad, state)
             self._update_low(at, grad, state)
-        state["step"] = state.get("step", 0) + 1
 
     def _compressed(self, at: Found, grad: Tensor, state: State) -> Tensor | None:
         if not self._projects(at) or self._due(state):

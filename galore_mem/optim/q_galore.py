@@ -27,11 +27,11 @@ from torch import Tensor
 from galore_mem.errors import InputError
 from galore_mem.methods import q_galore
 from galore_mem.methods.projection import OURS, factor, names
+from galore_mem.optim.adamw import decay
 from galore_mem.optim.base import Found, LayerWise, State
-from galore_mem.optim.galore import decay
 from galore_mem.optim.galore_8bit import EightBit
 from galore_mem.optim.int8 import Int8Weight
-from galore_mem.optim.projected import DEFAULTS, LowRank
+from galore_mem.optim.projected import LowRank, low_rank_options
 from galore_mem.optim.projection import Projectors, add_raised_
 from galore_mem.optim.quantize import INT4, Grid, dequantize_, packed, quantize, unpacked
 
@@ -69,7 +69,7 @@ class QGaLoreAdamW8bit(EightBit):
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            **DEFAULTS, "cos_threshold": 0.4, **low_rank,
+            **low_rank_options(low_rank, cos_threshold=0.4),
         }  # fmt: skip
         super().__init__(params, defaults, layerwise=layerwise, error_if_nonfinite=error_if_nonfinite)
 

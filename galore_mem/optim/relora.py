@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from galore_mem.errors import InputError
 from galore_mem.optim.groups import parameter_groups, rows
-from galore_mem.optim.options import COUNT, Range
+from galore_mem.optim.options import COUNT, FRACTION, Range
 
 WHOLE = Range(whole=True)
 
@@ -42,9 +43,10 @@ def with_adapters(
     `target` as in `parameter_groups`: None for attention and MLP. `alpha`: B·A is multiplied by alpha/rank. Raises
     `InputError` for a rank below 1 and as `parameter_groups` does.
     """
-    import peft
-
+    peft = _peft()
     COUNT.check("rank", rank)
+    Range(above=True).check("alpha", alpha)
+    FRACTION.check("dropout", dropout)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     chosen = {name for name, p in parameter_groups(model, target=target)[-1]["params"] if p.dim() == 2}
     transposed = [row.module == "conv1d" for row, _ in rows(model) if row.name in chosen]
@@ -67,7 +69,7 @@ def pairs(model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter, nn.Parameter
 
     Raises `InputError` for adapters that are not a plain product beside a floating-point matrix.
     """
-    from peft.tuners.lora import LoraLayer
+    LoraLayer = _peft("peft.tuners.lora").LoraLayer  # noqa: N806  # a class
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -82,6 +84,21 @@ def pairs(model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter, nn.Parameter
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A:
                     yield matrix, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+
+
+def adapters(model: nn.Module) -> list[tuple[Tensor, nn.Parameter, nn.Parameter, float]]:
+    """All `pairs` of a model. Raises `InputError` as they do, and where there are none."""
+    found = list(pairs(model))
+    if not found:
+        raise InputError("the model has no LoRA adapters to merge; make them with galore_mem.optim.with_adapters")
+    return found
+
+
+def _peft(module: str = "peft") -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise InputError(f"ReLoRA needs peft ({error}); install it, or galore-mem[verify]") from error
 
 
 def _mergeable(layer: Any, weight: Any) -> bool:
@@ -103,9 +120,7 @@ def merge_and_restart(model: nn.Module, optimizer: torch.optim.Optimizer, seed: 
     factors' random numbers (None: torch's own). Raises `InputError` as `pairs` does, before anything has changed, and
     where the model has no adapters.
     """
-    found = list(pairs(model))
-    if not found:
-        raise InputError("the model has no LoRA adapters to merge; make them with galore_mem.optim.with_adapters")
+    found = adapters(model)
     generators: dict[torch.device, torch.Generator | None] = {}
     for weight, a, b, scaling in found:
         if a.device not in generators:
@@ -121,7 +136,9 @@ class ReLoRA:
     """Merges and restarts the adapters of a peft model every `update_proj_gap` steps.
 
     Call `step()` after each `optimizer.step()`. Its own state, the number of steps, is in `state_dict()`; save it with
-    the model's and the optimizer's. `seed` starts the new factors' random numbers.
+    the optimizer's and `torch.save(model.state_dict())`. (peft's `save_pretrained` writes adapters only: the weights
+    that they were merged into, embeddings, norms and head would be lost. After `merge_and_unload()` all is saved.)
+    `seed` starts the new factors' random numbers.
 
         model = with_adapters(model, rank=128)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -134,7 +151,7 @@ class ReLoRA:
     ) -> None:
         COUNT.check("update_proj_gap", update_proj_gap)
         WHOLE.check("seed", seed)
-        next(pairs(model), None)
+        adapters(model)
         self.model, self.optimizer = model, optimizer
         self.update_proj_gap, self.seed = update_proj_gap, seed
         self.steps = 0
