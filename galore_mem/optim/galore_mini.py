@@ -120,8 +120,8 @@ class GaLoreMini(Partitioned, Projected):
             if group["approach"] == 3 and side in by:
                 del low  # it has joined exp_avg
                 second_moment(grad, state, group, part)
-                each = _rates(state, part, grad.dtype, eps, alpha)
-                add_raised_(at.p, exp_avg, {**by, side: by[side] * each}, 1.0)
+                scaled = by[side] * _rates(state, part, grad.dtype, eps, alpha)
+                add_raised_(at.p, exp_avg, {**by, side: scaled}, 1.0)
                 return
             second_moment(grad, state, group, part)
         through = by[side] if group["approach"] == 2 and side in by else None
