@@ -14,6 +14,7 @@ from galore_mem.gpus import gpu as find_gpu
 from galore_mem.ledger import Entry, ledger
 from galore_mem.memory.kept import kept_by_layer
 from galore_mem.memory.phases import CUBLAS_WORKSPACES, Phases, Work, cublas_workspace, stepping, training
+from galore_mem.methods.adamw_8bit import with_own_tables
 from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Implementation, Job, Method
 from galore_mem.methods.registry import METHODS, method
 from galore_mem.result import Estimate, EstimateResult, Fit, Phase, Unsupported
@@ -96,9 +97,10 @@ class Case(NamedTuple):
             setup = replace(setup, layerwise=True, keep_gradients=False, gradient_accumulation=1)
         elif not self.code.layerwise:
             setup = replace(setup, layerwise=False)
+        code = with_own_tables(self.code) if setup.layerwise and self.code.one_each else self.code
         job = Job(self.hyperparameters, setup.recipe, setup.device, spec.heads)
         forward = family(spec.family).forward if spec.family is not None else None
-        return Work(spec, setup, self.code, job, self.targets, forward)
+        return Work(spec, setup, code, job, self.targets, forward)
 
 
 def check(

@@ -219,6 +219,7 @@ def _hook(work: Work, network: Network, states: States, refresh: bool) -> list[S
     """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one. Returns what the
     optimizer keeps beside the states of each parameter."""
     tape, master = network.tape, work.job.recipe.master
+    waiting: list[Callable[[], None]] = []  # of a late hook, the update that the next one makes
     for trained, parameter, layer in network.trained:
         slot = Slot(tape, trained, layer, parameter.weight, None)
         if master is not None:
@@ -233,7 +234,12 @@ def _hook(work: Work, network: Network, states: States, refresh: bool) -> list[S
                 work.code.step(Slots(tape, [slot], None), work.job, refresh)
             slot.grad = None
 
-        parameter.hook = step
+        def late(parameter: Parameter, step: Callable[[Parameter], None] = step) -> None:
+            while waiting:
+                waiting.pop()()
+            waiting.append(lambda: step(parameter))
+
+        parameter.hook = late if work.code.late else step
     return [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in work.code.shared(work.job)]
 
 

@@ -12,10 +12,22 @@ kernels work on float32 copies of whole tensors. torchao: see `torchao.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from galore_mem.dtypes import FLOAT32, UINT8
 from galore_mem.memory.tape import Shape
 from galore_mem.methods import torchao
-from galore_mem.methods.base import Buffer, Citation, Implementation, Job, Method, Slot, Slots, Trained
+from galore_mem.methods.base import (
+    Buffer,
+    Citation,
+    Implementation,
+    Job,
+    Method,
+    Slot,
+    Slots,
+    Trained,
+    nothing_shared,
+)
 from galore_mem.methods.eager import as_float32
 from galore_mem.units import ceil_div
 
@@ -50,6 +62,20 @@ def state_paged(p: Trained, job: Job) -> tuple[Buffer, ...]:
 def lookup_tables(job: Job) -> tuple[Buffer, ...]:
     """The signed and the unsigned dynamic map, `state[p]["qmap1"]` and `["qmap2"]` of every parameter."""
     return Buffer("qmap1", (256,), FLOAT32), Buffer("qmap2", (256,), FLOAT32)
+
+
+def with_own_tables(code: Implementation) -> Implementation:
+    """The code in a layer-wise update: an optimizer for each parameter, and each with tables of its own, in the state
+    of an 8-bit parameter, of another only in the optimizer's `name2qmap`."""
+
+    def own(p: Trained, job: Job) -> tuple[Buffer, ...]:
+        found, tables = code.state(p, job), code.shared(job)
+        if all(b.name != "absmax1" for b in found):
+            names = ("name2qmap.dynamic", "name2qmap.udynamic")
+            tables = tuple(replace(b, name=name) for b, name in zip(tables, names, strict=True))
+        return *found, *tables
+
+    return replace(code, state=own, shared=nothing_shared)
 
 
 def update_8bit(slot: Slot, shape: Shape) -> None:
@@ -96,12 +122,12 @@ def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
 
 BITSANDBYTES = Implementation(
     name="bitsandbytes", version="bitsandbytes 0.50.2", source="bitsandbytes/optim/optimizer.py:Optimizer2State",
-    state=state, step=step, shared=lookup_tables,
+    state=state, step=step, shared=lookup_tables, one_each=True,
     equations={"other": "2·m·n at 1 byte + 2·⌈m·n/256⌉ at 4 bytes; below 4096 elements 2·m·n at 4 bytes"},
 )  # fmt: skip
 PAGED = Implementation(
     name="bitsandbytes-paged", version="bitsandbytes 0.50.2", source="bitsandbytes/optim/optimizer.py:get_state_buffer",
-    state=state_paged, step=step, shared=lookup_tables, equations=BITSANDBYTES.equations,
+    state=state_paged, step=step, shared=lookup_tables, one_each=True, equations=BITSANDBYTES.equations,
     notes=("states of 100,000 elements and more are in managed memory, which torch's allocator does not see",),
     not_counted=("pages of managed memory that the driver moves to the GPU during the step",),
 )  # fmt: skip

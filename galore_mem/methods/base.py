@@ -259,7 +259,9 @@ class Implementation:
     model's weights are kept. `linear` names how the forward pass of a projected layer runs
     (`galore_mem.memory.linears`). `refreshes` says that some steps renew a projector. `one_by_one` says that the step
     goes through the parameters singly and leaves each with the tensors it had, so that what it holds besides does not
-    grow with the model (one run then tells every depth; a test holds it to that).
+    grow with the model (one run then tells every depth; a test holds it to that). `late` says that its hook of a
+    layer-wise update comes before a gradient is stored, and updates the parameter before: two gradients are alive.
+    `one_each` says that a layer-wise update takes an optimizer for each parameter, with what it shares of its own.
     """
 
     name: str
@@ -273,6 +275,8 @@ class Implementation:
     refreshes: bool = False
     one_by_one: bool = True
     layerwise: bool = True
+    late: bool = False
+    one_each: bool = False
     equations: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     not_counted: tuple[str, ...] = ()

@@ -116,7 +116,7 @@ METHOD = Method(
         ),
         Implementation(
             name="galore-torch", version="galore-torch 1.0, bitsandbytes 0.49", source="galore_torch/adamw8bit.py",
-            state=state_reference, step=step_reference, shared=lookup_tables, refreshes=True,
+            state=state_reference, step=step_reference, shared=lookup_tables, one_each=True, refreshes=True,
             equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
             notes=(
                 "with bitsandbytes 0.50 and later it runs with max_unorm=100 instead of percentile_clipping=100",

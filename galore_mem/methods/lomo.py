@@ -43,7 +43,7 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="lomo-optim", version="lomo-optim 0.1.1", source="lomo_optim/lomo.py:Lomo.fuse_update",
-            state=state, step=step, equations={"other": "0"},
+            state=state, step=step, late=True, equations={"other": "0"},
             notes=(
                 "each parameter is updated in backward and its gradient dropped: they are never all alive",
                 "the hook runs before its own gradient is stored and updates the parameter before: two are alive",

@@ -141,7 +141,7 @@ def renew(slot: Slot, job: Job) -> None:
 PACKAGE = Implementation(
     name="q-galore-torch", version="Q-GaLore 5bd2f1c, bitsandbytes 0.43",
     source="q_galore_torch/q_galore_adamw8bit.py, q_galore_projector.py, utils/quantization.py",
-    state=state, step=step, shared=lookup_tables, store=store, linear="int8-package", refreshes=True,
+    state=state, step=step, shared=lookup_tables, one_each=True, store=store, linear="int8-package", refreshes=True,
     equations={
         "projected": "m·r + (2·⌈m·r/256⌉ + m)·e + 2·n·r + 8·⌈n·r/256⌉ bytes (e: bytes of a gradient's element)",
         "other": EQUATIONS["other"],

@@ -8,14 +8,15 @@ adapters or not (quantizers, integrations/bitsandbytes.py). Per matrix (bitsandb
 quantize_4bit): packed codes; one scale per 64 elements, in float32 or, with `double_quant`, one byte, then with
 float32 scales per 256 of those, their offset, and a copy of the 256-entry table of 8-bit codes; the 16 NF4
 values. peft.prepare_model_for_kbit_training casts all other 16-bit parameters to float32; the adapters are
-float32 too. Everything but the adapters is frozen.
+float32 too. Everything but the adapters is frozen. A quantized layer casts its bias to the compute format in its first
+forward pass, for good (bitsandbytes/nn/modules.py, Linear4bit.forward).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from galore_mem.dtypes import FLOAT32, NF4, UINT8
+from galore_mem.dtypes import FLOAT32, NF4, UINT8, DType
 from galore_mem.methods import adamw
 from galore_mem.methods.base import RANK, Citation, Hyperparameter, Implementation, Job, Method, Stored
 from galore_mem.methods.lora import adapters, frozen, under_peft
@@ -29,6 +30,12 @@ BLOCK, NESTED_BLOCK = 64, 256
 def quantizes(row: ParamSpec) -> bool:
     """Is this the weight of a linear layer other than the head?"""
     return row.is_matrix_of_linear and len(row.shape) == 2 and row.role is not Role.HEAD
+
+
+def rest(row: ParamSpec, job: Job) -> DType:
+    """The format of what is not quantized: float32, but for biases of quantized layers."""
+    bias = row.module in ("linear", "conv1d") and len(row.shape) == 1 and row.role is not Role.HEAD
+    return (job.recipe.autocast or job.recipe.weights) if bias else FLOAT32
 
 
 def scales(row: ParamSpec, job: Job) -> tuple[Stored, ...]:
@@ -53,7 +60,7 @@ def tables(job: Job) -> tuple[Stored, ...]:
 def store(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:
     """NF4 codes with their scales and tables, and adapters beside a projected weight; the rest in float32."""
     if not quantizes(row):
-        return (Stored("", row.shape, FLOAT32, None), *(adapters(row, job.rank, FLOAT32) if projected else ()))
+        return (Stored("", row.shape, rest(row, job), None), *(adapters(row, job.rank, FLOAT32) if projected else ()))
     base = Stored("", row.shape, NF4, None), *scales(row, job), *tables(job)
     return *base, *(adapters(row, job.rank, FLOAT32) if projected else ())
 

@@ -43,7 +43,9 @@ class Case:
                 raise unknown("option", name, NAMED)
 
     def setup(self) -> Setup:
-        return Setup(recipe(self.recipe), **{**self.options, "device": self.device})
+        """How the training is run. (Optimizer steps alone have no sequences, whose length a model could refuse.)"""
+        without = {"seq_len": 1} if self.workload == OPTIMIZER else {}
+        return Setup(recipe(self.recipe), **{**without, **self.options, "device": self.device})
 
     @property
     def device(self) -> str:

@@ -42,8 +42,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "n_head": 6, "n_positions": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     },
 }  # fmt: skip
-RECIPES = ("fp32", "pure-bf16")
 RANK = 64  # above some matrices' smaller side, below others'
+# what a run without further wishes has of every implementation: between them both formats and all shapes
+STEPS = (("small-tied", "fp32"), ("small-llama", "pure-bf16"))
+WHOLE = "small-llama"
+CHECKPOINTED = ("adamw", "lora", "galore", "galore-mini")
 
 
 def model_of(name: str) -> ModelSpec:
@@ -81,36 +84,38 @@ def chosen(
     layerwise: bool,
 ) -> list[Case]:
     """The cases of a command line. Without a model: states and steps of every implementation on the small models, in
-    two formats, and whole training steps with and without checkpointing. With one: that model, as it is asked for."""
+    two formats, and whole training steps, with and without checkpointing (unless methods, an implementation or the
+    workload are named, only of each method's first implementation, and both only of `CHECKPOINTED`). With one: that
+    model, as it is asked for."""
     codes = list(implementations([method(name).name for name in methods], implementation))
     if not codes:
         names = sorted({c.name for m in METHODS.values() for c in m.implementations})
         raise unknown("implementation", str(implementation), names)
-    at = device_of(device)
-    formats = RECIPES if recipe is None else (recipe,)
-    common = {"device": at, "layerwise": layerwise}
+    if workload not in (None, *WORKLOADS):
+        raise unknown("workload", workload, WORKLOADS)
+    common = {"device": device_of(device), "layerwise": layerwise}
     passes = {**common, "batch_size": batch_size, "seq_len": seq_len}
     found = []
     if workload in (None, OPTIMIZER):
-        for name in ("small-llama", "small-tied") if model is None else (model,):
-            found += [
-                Case(name, m, code, OPTIMIZER, fmt, common, hyperparameters(m, rank))
-                for m, code in codes
-                for fmt in formats
-            ]
+        for name, fmt in steps(model, recipe):
+            found += [Case(name, m, code, OPTIMIZER, fmt, common, hyperparameters(m, rank)) for m, code in codes]
     if workload in (None, TRAIN):
-        kinds = (False, True) if model is None else (gradient_checkpointing,)
-        found += [
-            Case(
-                model or "small-llama", m, code, TRAIN, formats[0],
-                {**passes, "gradient_checkpointing": checkpointing}, hyperparameters(m, rank),
-            )
-            for m, code in codes
-            for checkpointing in kinds
-        ]  # fmt: skip
-    if not found:
-        raise unknown("workload", str(workload), WORKLOADS)
+        named = workload == TRAIN or bool(methods) or implementation is not None
+        for m, code in codes:
+            if not named and METHODS[m].implementations[0].name != code:
+                continue  # its forward and backward are those of the method's first implementation
+            both = model is None and (named or m in CHECKPOINTED)
+            for checkpointing in (False, True) if both else (gradient_checkpointing,):
+                options = {**passes, "gradient_checkpointing": checkpointing}
+                found.append(Case(model or WHOLE, m, code, TRAIN, recipe or "fp32", options, hyperparameters(m, rank)))
     return found
+
+
+def steps(model: str | None, recipe: str | None) -> tuple[tuple[str, str], ...]:
+    """Models and formats of the optimizers' steps."""
+    if recipe is None:
+        return STEPS if model is None else tuple((model, fmt) for _, fmt in STEPS)
+    return tuple((name, recipe) for name in ([name for name, _ in STEPS] if model is None else [model]))
 
 
 def device_of(name: str) -> str:

@@ -82,8 +82,16 @@ def _one_by_one(work: Work, *, refresh: bool) -> int:
             layout.states.give(slot)
             slots.append(slot)
     tape.mark("step", 0, "all")
-    for slot in slots:
+    waiting: list[Slot] = []
+    for slot in reversed(slots):  # as a backward pass comes to them
         slot.grad = tape.empty(slot.param.shape, slot.param.dtype, GRADIENTS)
+        waiting.append(slot)
+        if work.code.late and len(waiting) == 1:
+            continue
+        now = waiting.pop(0)
+        work.code.step(Slots(tape, [now], None), work.job, refresh)
+        now.grad = None
+    for slot in waiting:
         work.code.step(Slots(tape, [slot], None), work.job, refresh)
         slot.grad = None
     del shared, frozen

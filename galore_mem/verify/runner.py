@@ -74,12 +74,14 @@ def _killed(case: Case, number: int) -> Outcome:
 
 
 def judged(outcome: Outcome, tolerance: float) -> Outcome:
-    """`ok` where every tensor that stays has the predicted bytes and every phase's peak is within the tolerance;
-    `mismatch`, with the first difference, otherwise."""
+    """`ok` where every tensor that stays has the predicted bytes and every phase's peak is within the tolerance (with
+    what the builder says of the run as detail); `mismatch`, with the first difference, otherwise."""
     if outcome.status not in ("ok", "mismatch") or outcome.measured is None or outcome.predicted is None:
         return outcome
-    detail = next(_differences(outcome, tolerance), "")
-    return replace(outcome, status="mismatch" if detail else "ok", detail=detail)
+    difference = next(_differences(outcome, tolerance), None)
+    if difference is not None:
+        return replace(outcome, status="mismatch", detail=difference)
+    return replace(outcome, status="ok", detail=outcome.detail if outcome.status == "ok" else "")
 
 
 def _differences(outcome: Outcome, tolerance: float) -> Iterator[str]:

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -35,8 +36,6 @@ def run(case: Case) -> Outcome:
         outcome = Outcome(case, "oom", f"out of memory: {_line(error)}")
     except Exception as error:  # a case's failure is its result
         outcome = _outcome_of(case, error)
-    from dataclasses import replace
-
     return replace(outcome, environment=environment(case.device), seconds=time.perf_counter() - start)
 
 
@@ -49,13 +48,16 @@ def measure(case: Case, said: Prediction) -> Outcome:
     from galore_mem.verify.workloads import BETWEEN, WARM, run_optimizer, run_train
 
     row = builder(case.method, case.implementation)
-    row.check(case.workload)
+    row.check(case.workload, said.work)
     device = torch.device(case.device)
     torch.manual_seed(0)
-    with METERS[case.device]() as meter, plain_kernels(case.device):
+    with METERS[case.device]() as meter, plain_kernels(case.device), row.around():
         workload = run_optimizer if case.workload == OPTIMIZER else run_train
         found = workload(said.work, row, device, meter)
-    peaks = {name: peak for name, peak in meter.peaks().items() if name not in (WARM, BETWEEN)}
+    not_compared = row.left_out(case.workload, said.work, said.sizes.phases)
+    left_out = {WARM, BETWEEN, *not_compared}
+    peaks = {name: peak for name, peak in meter.peaks().items() if name not in left_out}
+    expected = replace(said.sizes, phases={name: n for name, n in said.sizes.phases.items() if name not in left_out})
     sizes = Sizes(
         found.weights,
         found.gradients,
@@ -63,7 +65,8 @@ def measure(case: Case, said: Prediction) -> Outcome:
         {name: peak.allocated for name, peak in peaks.items()},
         {name: peak.reserved for name, peak in peaks.items() if peak.reserved is not None},
     )
-    return Outcome(case, "ok", "", said.sizes, sizes, tuple(pairs(said, found.buffers)))
+    told = row.told(said.work, not_compared)
+    return Outcome(case, "ok", told, expected, sizes, tuple(pairs(said, found.buffers)))
 
 
 def pairs(said: Prediction, found: dict[tuple[str, str], Any]) -> Iterator[BufferPair]:
@@ -71,11 +74,13 @@ def pairs(said: Prediction, found: dict[tuple[str, str], Any]) -> Iterator[Buffe
     left = dict(found)
     shared = {e.buffer for e in said.entries if e.kind == "optimizer_state" and e.param == "(shared)"}
     for e in said.entries:
-        if e.kind != "optimizer_state" or e.host or e.param == "(shared)":
+        if e.kind != "optimizer_state" or e.param == "(shared)":
             continue
         for i in range(e.repeat):
             name = e.param.replace("{i}", str(i))
             t = left.pop((name, e.buffer), None)
+            if e.host:  # it takes nothing from the device
+                continue
             size = None if t is None else t.untyped_storage().nbytes()
             yield BufferPair(name, e.buffer, e.shape, e.dtype.name, e.nbytes, size)
     for (name, buffer), t in left.items():

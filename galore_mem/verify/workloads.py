@@ -6,8 +6,7 @@ Both run one step that makes the state, a plain one and one that renews projecto
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from galore_mem.dtypes import DType
 from galore_mem.memory.phases import Work
-from galore_mem.spec.model import ModelSpec
+from galore_mem.methods.base import Stored, Trained
 from galore_mem.verify.builders import Builder, Member, Request, Unsupported
 from galore_mem.verify.meters import Meter
-from galore_mem.verify.residents import tensors, total
+from galore_mem.verify.models import autocast, batch, members_of, transformers_model
+from galore_mem.verify.residents import storage, tensors, total
 
 WARM, BETWEEN = "warm-up", "between"  # phases that are not reported
 
@@ -51,21 +51,42 @@ class RandomGradient(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype, device=device).normal_(std=1e-3)
 
 
-def parameters(work: Work, device: torch.device) -> tuple[list[Member], list[Tensor]]:
+def parameters(work: Work, builder: Builder, device: torch.device) -> tuple[list[Member], list[Tensor]]:
     """Every stored tensor of the model under the case's implementation: the trained ones with small random values, and
     those that only lie there."""
     trained_ones: list[Member] = []
     frozen: list[Tensor] = []
     for row, number, _ in work.layout().rows(work.model.num_layers):
+        coded = False  # a parameter of codes brings the scales and zeros that follow it
         for stored, trained in row.tensors:
             if trained is None:
-                frozen.append(empty(stored.shape, stored.dtype, device).zero_())
+                if not coded:
+                    frozen.append(empty(stored.shape, stored.dtype, device).zero_())
                 continue
-            p = torch.nn.Parameter(empty(stored.shape, stored.dtype, device))
-            with torch.no_grad():
-                p.normal_(std=0.02)
-            trained_ones.append(Member(replace(trained, name=trained.name.replace("{i}", number)), p))
+            coded = stored.grad != stored.dtype
+            p = coded_parameter(stored, builder, device) if coded else random_parameter(stored, device)
+            trained_ones.append(Member(numbered(trained, number), p))
     return trained_ones, frozen
+
+
+def numbered(trained: Trained, number: str) -> Trained:
+    return replace(trained, name=trained.name.replace("{i}", number))
+
+
+def random_parameter(stored: Stored, device: torch.device) -> Tensor:
+    return torch.nn.Parameter(random(stored.shape, stored.dtype, device))
+
+
+def coded_parameter(stored: Stored, builder: Builder, device: torch.device) -> Tensor:
+    """What stands for a float matrix. Raises `Unsupported` where the builder does not say."""
+    if builder.coded is None or stored.grad is None:
+        raise Unsupported(f"a weight stored as {stored.dtype.name} needs the train workload")
+    made: Tensor = builder.coded(random(stored.shape, stored.grad, device))
+    return made
+
+
+def random(shape: tuple[int, ...], fmt: DType, device: torch.device) -> Tensor:
+    return empty(shape, fmt, device).normal_(std=0.02)
 
 
 def empty(shape: tuple[int, ...], fmt: DType, device: torch.device) -> Tensor:
@@ -80,12 +101,17 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
     """The optimizer's steps over all parameters. Of a layer-wise update, which happens in the backward pass, that pass
     is what is measured."""
     meter.enter(WARM)
-    members, frozen = parameters(work, device)
+    members, frozen = parameters(work, builder, device)
+    beside = [m.p for m in members if not m.p.requires_grad]
+    if beside and work.setup.layerwise:
+        raise Unsupported("its gradients are not autograd's: there is no backward pass that could step")
     largest = Largest(members)
     stepper = Stepper(work, builder, Request(members, work, None))
 
     def passes() -> None:
-        losses = [RandomGradient.apply(m.p) for m in members]  # type: ignore[no-untyped-call]
+        for p in beside:
+            p.float_grad = random(p.shape, work.job.recipe.weights, device)  # type: ignore[attr-defined]
+        losses = [RandomGradient.apply(m.p) for m in members if m.p.requires_grad]  # type: ignore[no-untyped-call]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     for phase in stepper.phases():
@@ -109,12 +135,12 @@ def run_train(work: Work, builder: Builder, device: torch.device, meter: Meter) 
     meter.enter(WARM)
     model = transformers_model(work).to(device)
     if builder.prepare is not None:
-        model = builder.prepare(model, Request((), work, model))
+        model = builder.prepare(model, work)
     members = members_of(model, work)
     largest = Largest(members)
     stepper = Stepper(work, builder, Request(members, work, model))
     inputs = batch(work, device)
-    autocast = _autocast(work, device)
+    context = autocast(work, device)
     gc.collect()
     gc.disable()
     try:
@@ -123,7 +149,7 @@ def run_train(work: Work, builder: Builder, device: torch.device, meter: Meter) 
             for micro in range(work.setup.gradient_accumulation):
                 del micro
                 meter.enter("forward" if plain else WARM)
-                with autocast():
+                with context():
                     loss = model(**inputs()).loss
                 backward = "refresh" if phase == "refresh" and work.setup.layerwise else "backward"
                 meter.enter(backward if plain or backward == "refresh" else WARM)
@@ -139,75 +165,6 @@ def run_train(work: Work, builder: Builder, device: torch.device, meter: Meter) 
     return stepper.measured(model.parameters(), largest.nbytes, device)
 
 
-def transformers_model(work: Work) -> torch.nn.Module:
-    """The model of a spec, as transformers builds it from the same config. Raises `Unsupported` for shapes alone."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-    )
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    spec, setup = work.model, work.setup
-    if spec.family is None:
-        raise Unsupported("the model's architecture is not known (only tensor shapes); give its config.json")
-    config: Any = CONFIG_MAPPING[spec.family](**{k: v for k, v in _config(spec).items() if k != "model_type"})
-    head = (config.architectures or ["CausalLM"])[0]
-    kinds = {
-        "CausalLM": AutoModelForCausalLM, "LMHeadModel": AutoModelForCausalLM, "MaskedLM": AutoModelForMaskedLM,
-        "SequenceClassification": AutoModelForSequenceClassification,
-        "TokenClassification": AutoModelForTokenClassification,
-    }  # fmt: skip
-    kind: Any = next((k for name, k in kinds.items() if head.endswith(name)), None)
-    if kind is None:
-        raise Unsupported(f"{head} has no loss that is verified here")
-    model: torch.nn.Module = kind.from_config(config, attn_implementation=setup.attention)
-    model = model.to(getattr(torch, setup.recipe.weights.name)).train()
-    model.config.use_cache = False  # type: ignore[union-attr]
-    if setup.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return model
-
-
-def _config(spec: ModelSpec) -> dict[str, Any]:
-    return dict(spec.config)
-
-
-def members_of(model: torch.nn.Module, work: Work) -> list[Member]:
-    """The model's trained parameters, each with the ledger's view of it. Raises `Unsupported` where they differ."""
-    expected = {
-        trained.name.replace("{i}", number): trained
-        for row, number, _ in work.layout().rows(work.model.num_layers)
-        for _, trained in row.tensors
-        if trained is not None
-    }
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if expected.keys() != found.keys():
-        other = sorted(expected.keys() ^ found.keys())[0]
-        raise Unsupported(f"the real model and its spec differ: {other}")
-    return [Member(replace(expected[name], name=name), p) for name, p in found.items()]
-
-
-def batch(work: Work, device: torch.device) -> Callable[[], dict[str, Tensor]]:
-    """A function that makes the inputs anew, as a data loader does."""
-    vocabulary = int(work.model.config.get("vocab_size", 2))
-    shape = work.setup.batch_size, work.setup.seq_len
-
-    def inputs() -> dict[str, Tensor]:
-        ids = torch.randint(min(5, vocabulary - 1), vocabulary, shape, device=device)
-        return {"input_ids": ids, "labels": ids.clone()}
-
-    return inputs
-
-
-def _autocast(work: Work, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    fmt = work.setup.recipe.autocast
-    if fmt is None:
-        return nullcontext
-    return lambda: torch.autocast(device.type, getattr(torch, fmt.name))
-
-
 # -- both ----------------------------------------------------------------------------------------------
 
 
@@ -218,6 +175,8 @@ class Largest:
         self.nbytes = 0
         self._members = list(members)
         for member in self._members:  # before the optimizer's own hooks, which free them
+            if not member.p.requires_grad:
+                continue  # its gradient is put beside it
             member.p.register_post_accumulate_grad_hook(self._one)  # type: ignore[no-untyped-call]
 
     def _one(self, p: Tensor) -> None:
@@ -226,8 +185,14 @@ class Largest:
 
     def together(self, device: torch.device) -> None:
         """To be called after a backward pass."""
-        alive = (m.p.grad for m in self._members if m.p.grad is not None)
-        self.nbytes = max(self.nbytes, total(alive, device))
+        alive = (gradient(m.p) for m in self._members)
+        self.nbytes = max(self.nbytes, total((g for g in alive if g is not None), device))
+
+
+def gradient(p: Any) -> Tensor | None:
+    """A parameter's gradient, wherever its optimizer looks for it."""
+    found: Tensor | None = p.grad if p.requires_grad else p.float_grad
+    return found
 
 
 class Stepper:
@@ -235,7 +200,8 @@ class Stepper:
 
     def __init__(self, work: Work, builder: Builder, request: Request) -> None:
         self.work, self.builder, self.request = work, builder, request
-        if work.setup.layerwise and not builder.hooks_itself:
+        self.hooked = work.setup.layerwise and not builder.hooks_itself
+        if self.hooked:
             self.optimizers = [self._hooked(member) for member in request.members]
         else:
             self.optimizers = [builder.make(request)]
@@ -252,23 +218,27 @@ class Stepper:
 
     def phases(self) -> Iterator[str]:
         """What the phase of each step is called."""
-        last = self.builder.refresh if self.work.code.refreshes else self.builder.plain
-        names = {self.builder.plain: "step", self.builder.refresh: "refresh" if self.work.code.refreshes else WARM}
-        for number in range(last + 1):
+        names = {self.builder.plain: "step"}
+        if self.work.code.refreshes and self.builder.refresh is not None:
+            names[self.builder.refresh] = "refresh"
+        for number in range(max(names) + 1 + self.builder.settle):
             yield names.get(number, WARM)
 
     def step(self) -> None:
-        if len(self.optimizers) == 1:
+        if not self.hooked:
             self.optimizers[0].step()
 
     def zero_grad(self) -> None:
         for member in self.request.members:
-            member.p.grad = None
+            if member.p.requires_grad:
+                member.p.grad = None
+            else:
+                member.p.float_grad = None  # type: ignore[attr-defined]
 
     def measured(self, weights: Iterable[Any], gradients: int, device: torch.device) -> Measured:
         """What lies there after the last step."""
         known: set[int] = set()
-        held = total((t for w in weights for _, t in tensors(w)), device, known)
+        held = total((t for w in weights for _, t in (*tensors(w), *tensors(vars(w)))), device, known)
         buffers = {
             (member.name, name): t
             for optimizer in self.optimizers
@@ -276,4 +246,16 @@ class Stepper:
             if member.p in optimizer.state
             for name, t in tensors(optimizer.state[member.p])
         }
+        seen = {storage(t)[0] for t in buffers.values()}
+        owners = [m.name for m in self.request.members] if self.hooked else ["(optimizer)"]
+        for owner, optimizer in zip(owners, self.optimizers, strict=True):
+            beside = {(owner, name): t for name, t in tensors(attributes(optimizer)) if storage(t)[0] not in seen}
+            buffers |= {key: t for key, t in beside.items() if not isinstance(t, torch.nn.Parameter)}
         return Measured(held, gradients, total(buffers.values(), device, known), buffers)
+
+
+def attributes(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer holds besides its state and the parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return {}
+    return {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups", "model")}

@@ -1,0 +1,102 @@
+"""The transformers model of a case, with random weights, and its parameters under the names of the ledger."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_mem.memory.phases import Work
+from galore_mem.verify.builders import Member, Unsupported
+
+# how transformers calls the setup's kinds of attention
+ATTENTION = {"flash": "flash_attention_2"}
+# What peft makes of a parameter's name, and what the ledger calls it. (Low-Rank's `weight_a` and `weight_b`, and the
+# `weight` of an INT8 layer, have the ledger's names.)
+NAMES = (
+    (r"^base_model\.model\.", ""),
+    (r"\.base_layer\.", "."),
+    (r"\.(lora_[AB])\.(\w+)\.weight$", r".weight.\1.\2.weight"),
+)
+
+
+def ledger_name(name: str) -> str:
+    """A parameter's name in the ledger, from that in a model that a method has changed."""
+    for pattern, its in NAMES:
+        name = re.sub(pattern, its, name)
+    return name
+
+
+def transformers_model(work: Work) -> torch.nn.Module:
+    """The model of a spec, as transformers builds it from the same config. Raises `Unsupported` for shapes alone."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    spec, setup = work.model, work.setup
+    if spec.family is None:
+        raise Unsupported("the model's architecture is not known (only tensor shapes); give its config.json")
+    if setup.attention == "flash" and find_spec("flash_attn") is None:
+        raise Unsupported("flash attention needs the package flash-attn, which is not installed")
+    config: Any = CONFIG_MAPPING[spec.family](**{k: v for k, v in spec.config.items() if k != "model_type"})
+    head = (config.architectures or ["CausalLM"])[0]
+    kinds = {
+        "CausalLM": AutoModelForCausalLM, "LMHeadModel": AutoModelForCausalLM, "MaskedLM": AutoModelForMaskedLM,
+        "SequenceClassification": AutoModelForSequenceClassification,
+        "TokenClassification": AutoModelForTokenClassification,
+    }  # fmt: skip
+    kind: Any = next((k for name, k in kinds.items() if head.endswith(name)), None)
+    if kind is None:
+        raise Unsupported(f"{head} has no loss that is verified here")
+    attention = ATTENTION.get(setup.attention, setup.attention)
+    model: torch.nn.Module = kind.from_config(config, attn_implementation=attention)
+    model = model.to(getattr(torch, setup.recipe.weights.name)).train()
+    model.config.use_cache = False  # type: ignore[union-attr]
+    if setup.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return model
+
+
+def members_of(model: torch.nn.Module, work: Work) -> list[Member]:
+    """The model's trained parameters, each with the ledger's view of it. Raises `Unsupported` where they differ."""
+    expected = {
+        trained.name.replace("{i}", number): trained
+        for row, number, _ in work.layout().rows(work.model.num_layers)
+        for _, trained in row.tensors
+        if trained is not None
+    }
+    found = {ledger_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if expected.keys() != found.keys():
+        other = sorted(expected.keys() ^ found.keys())[0]
+        raise Unsupported(f"the real model and its spec differ: {other}")
+    return [Member(replace(expected[name], name=name), p) for name, p in found.items()]
+
+
+def batch(work: Work, device: torch.device) -> Callable[[], dict[str, Tensor]]:
+    """A function that makes the inputs anew, as a data loader does."""
+    vocabulary = int(work.model.config.get("vocab_size", 2))
+    shape = work.setup.batch_size, work.setup.seq_len
+
+    def inputs() -> dict[str, Tensor]:
+        ids = torch.randint(min(5, vocabulary - 1), vocabulary, shape, device=device)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    return inputs
+
+
+def autocast(work: Work, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """The recipe's autocast region, made anew for each use."""
+    fmt = work.setup.recipe.autocast
+    if fmt is None:
+        return nullcontext
+    return lambda: torch.autocast(device.type, getattr(torch, fmt.name))
