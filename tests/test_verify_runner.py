@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import galore_mem.verify.matrix as matrix
 from galore_mem.errors import InputError
 from galore_mem.verify.case import BufferPair, Case, Outcome, Sizes
 from galore_mem.verify.record import Record, dump, load
@@ -189,3 +190,22 @@ def test_errors_are_signed_and_relative_to_the_measurement() -> None:
         "weights_bytes": -0.5, "gradients_bytes": 0.0, "optimizer_state_bytes": 0.0,
         "peak_allocated_bytes": -0.1, "phases": {"step": -0.1},
     }  # fmt: skip
+
+
+# -- what is not here --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_without_torch_there_is_one_line(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs torch; install galore-mem with its extra: verify"):
+        matrix.device_of(device)
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="torch sees no CUDA device"):
+        matrix.device_of("cuda")
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        matrix.device_of("gpu")
+    assert matrix.device_of("auto") == "cpu"

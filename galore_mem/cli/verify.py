@@ -52,7 +52,7 @@ def command(
     format: Format = "table",
     output: Output = None,
 ) -> int:
-    """Runs real optimizers and models, and compares what the allocator measured with the estimate.
+    """Run real optimizers and models, and compare what the allocator measured with the estimate.
 
     Exit code 1: a case does not match, ran out of memory or failed.
     """
@@ -84,7 +84,7 @@ def report(
     format: Format = "table",
     output: Output = None,
 ) -> int:
-    """Shows what is in records: predicted, measured, and the signed error per component and phase."""
+    """Show what is in records: predicted, measured, and the signed error per component and phase."""
     check_format(format)
     from galore_mem.verify.record import Record
     from galore_mem.verify.runner import judged

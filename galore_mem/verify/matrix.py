@@ -7,6 +7,7 @@ The small models were made for this: between them their matrices are wide, tall 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from galore_mem.errors import InputError, unknown
@@ -122,6 +123,8 @@ def device_of(name: str) -> str:
     """`auto` is the accelerator where there is one. Raises `InputError` for a device unknown or not here."""
     if name not in (*DEVICES, "auto"):
         raise unknown("device", name, (*DEVICES, "auto"))
+    if find_spec("torch") is None:
+        raise InputError("verify runs real optimizers and needs torch; install galore-mem with its extra: verify")
     if name == "cpu":
         return name
     import torch
