@@ -90,7 +90,7 @@ def train_all(runs: list[Run], settings: Settings, record: Path, jobs: int) -> N
                     append(record, future.result())
                     done += 1
                     show(waiting.pop(future), future.result(), done, len(runs), time.monotonic() - began)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the children end, and it is raised again
             for child in multiprocessing.active_children():
                 child.terminate()
             pool.shutdown(wait=False, cancel_futures=True)

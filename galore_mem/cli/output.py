@@ -51,7 +51,7 @@ def _replace(target: Path, text: str) -> None:
             file.write(text)
         os.chmod(name, mode)
         os.replace(name, target)
-    except BaseException:
+    except BaseException:  # the half-written file goes, whatever it was, and it is raised again
         os.unlink(name)
         raise
 

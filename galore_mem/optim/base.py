@@ -94,7 +94,7 @@ class ParameterWise(torch.optim.Optimizer):
         self._updated: set[Tensor] = set()  # in a backward pass, since the last `step()`
         try:
             super().__init__(given, defaults)
-        except BaseException:
+        except BaseException:  # undone and raised again, whatever it was
             self.remove_hooks()  # of the groups before
             raise
 
@@ -154,7 +154,7 @@ class ParameterWise(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_members(where, group)
-        except BaseException:
+        except BaseException:  # undone and raised again, whatever it was
             self.param_groups.pop()
             raise
         self._register(len(self.param_groups) - 1)

@@ -96,7 +96,7 @@ class Int8Weight(Tensor):
     scales: Tensor
     zeros: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way to say: none
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, zeros: Tensor) -> Int8Weight:
@@ -168,10 +168,10 @@ class Int8Weight(Tensor):
     def share_memory_(self) -> Int8Weight:
         """As torch's, which looks for a storage that this tensor has not."""
         for t in self.stored:
-            t.share_memory_()  # type: ignore[no-untyped-call]
+            t.share_memory_()
         return self
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # torch's takes the same, untyped
         return f"Int8Weight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -182,7 +182,7 @@ class Int8Weight(Tensor):
         return Int8Weight(inner["codes"], inner["scales"], inner["zeros"])
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # torch's is untyped
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -72,7 +72,7 @@ class Int8Layer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
         rows = x.reshape(-1, x.shape[-1])
-        out: Tensor = Product.apply(rows, weight, self.bias, self.transposed, dtype)  # type: ignore[no-untyped-call]
+        out: Tensor = Product.apply(rows, weight, self.bias, self.transposed, dtype)  # type: ignore[no-untyped-call]  # torch has no types for it
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -85,7 +85,7 @@ class Int8Layer(nn.Module):
         if not isinstance(moved, Int8Weight):
             raise InputError("this conversion loses INT8 weights; call dequantize_linears(model) first")
         del self._parameters["weight"]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         weight.grad = None
         if torch._has_compatible_shallow_copy_type(weight, moved):
             weight.become_(moved)

@@ -63,7 +63,7 @@ class Hook:
 
     def register(self, p: Tensor) -> Any:
         """Returns torch's handle, whose `remove()` takes the hook away."""
-        return p.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
+        return p.register_post_accumulate_grad_hook(self)
 
 
 def has_hook(p: Tensor) -> bool:

@@ -24,7 +24,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not in torch's __all__
 
 from galore_mem.errors import InputError, unknown
 from galore_mem.methods.projection import OURS, PROJ_TYPES, names, sides_of

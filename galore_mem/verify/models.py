@@ -61,9 +61,9 @@ def transformers_model(work: Work) -> torch.nn.Module:
     attention = ATTENTION.get(setup.attention, setup.attention)
     model: torch.nn.Module = kind.from_config(config, attn_implementation=attention)
     model = model.to(getattr(torch, setup.recipe.weights.name)).train()
-    model.config.use_cache = False  # type: ignore[union-attr]
+    model.config.use_cache = False  # type: ignore[union-attr]  # a transformers model
     if setup.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers model
     return model
 
 

@@ -35,7 +35,7 @@ def eager() -> AbstractContextManager[Any]:
     """torch.compile does nothing: compiling takes minutes, and state does not depend on it."""
     import torch
 
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]  # untyped in torch
 
 
 def without_synchronize() -> AbstractContextManager[Any]:

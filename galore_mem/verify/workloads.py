@@ -110,9 +110,9 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
 
     def passes() -> None:
         for p in beside:
-            p.float_grad = random(p.shape, work.job.recipe.weights, device)  # type: ignore[attr-defined]
-        losses = [RandomGradient.apply(m.p) for m in members if m.p.requires_grad]  # type: ignore[no-untyped-call]
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            p.float_grad = random(p.shape, work.job.recipe.weights, device)  # type: ignore[attr-defined]  # q-galore-torch's name
+        losses = [RandomGradient.apply(m.p) for m in members if m.p.requires_grad]  # type: ignore[no-untyped-call]  # torch has no types for it
+        torch.stack(losses).sum().backward()
 
     for phase in stepper.phases():
         if work.setup.layerwise:
@@ -177,7 +177,7 @@ class Largest:
         for member in self._members:  # before the optimizer's own hooks, which free them
             if not member.p.requires_grad:
                 continue  # its gradient is put beside it
-            member.p.register_post_accumulate_grad_hook(self._one)  # type: ignore[no-untyped-call]
+            member.p.register_post_accumulate_grad_hook(self._one)
 
     def _one(self, p: Tensor) -> None:
         assert p.grad is not None
@@ -213,7 +213,7 @@ class Stepper:
             optimizer.step()
             p.grad = None
 
-        member.p.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        member.p.register_post_accumulate_grad_hook(hook)
         return optimizer
 
     def phases(self) -> Iterator[str]:
@@ -233,7 +233,7 @@ class Stepper:
             if member.p.requires_grad:
                 member.p.grad = None
             else:
-                member.p.float_grad = None  # type: ignore[attr-defined]
+                member.p.float_grad = None  # type: ignore[attr-defined]  # q-galore-torch's name
 
     def measured(self, weights: Iterable[Any], gradients: int, device: torch.device) -> Measured:
         """What lies there after the last step."""
