@@ -53,6 +53,11 @@ class Ours:
         return method(self.method).implementation(self.implementation)
 
     @property
+    def randomized(self) -> bool:
+        """Do its projectors come from a randomized SVD, whose orthogonalization takes LAPACK's workspace?"""
+        return self.options.get("svd") == "randomized"
+
+    @property
     def projects(self) -> bool:
         return "rank" in self.made.RANGES
 
@@ -92,6 +97,7 @@ OURS = (
     Ours("galore-mini", GaLoreMini),
     Ours("galore-mini", GaLoreMini, {"proj_type": "reverse_std"}, told={"proj_type": "reverse_std"}),
     Ours("galore-mini", GaLoreMini, {"proj_type": "full"}, told={"proj_type": "full"}),
+    Ours("galore-mini", GaLoreMini, {"svd": "randomized"}, implementation="galore-mem-randomized"),
     Ours("galore-mini-1", GaLoreMini, arguments={"approach": 1}),
     Ours("galore-mini-2", GaLoreMini, arguments={"approach": 2}),
     Ours("galore-adafactor", GaLoreAdafactor),

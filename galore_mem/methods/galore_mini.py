@@ -16,6 +16,7 @@ or the projector; `vector_norm` reads the gradient without a copy; `weight.addmm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from galore_mem.dtypes import at_least_float32
@@ -34,6 +35,7 @@ from galore_mem.methods.base import (
     Trained,
 )
 from galore_mem.methods.projection import PROJ_TYPE, added, applies, factor, low_shape, lowered, sides
+from galore_mem.methods.randomized import randomized
 from galore_mem.methods.svd import SVD_WORKSPACE
 from galore_mem.partition import Partition, by_row
 
@@ -61,7 +63,9 @@ def state(p: Trained, job: Job, approach: int) -> tuple[Buffer, ...]:
     return buffers(p, job, partition(p, job, approach))
 
 
-def step(slots: Slots, job: Job, refresh: bool, approach: int) -> None:
+def step(
+    slots: Slots, job: Job, refresh: bool, approach: int, renew: Callable[[Slot, Job], None] = projection.renew
+) -> None:
     """GaLoreMini.step: nothing outlives a parameter, nothing of its size is made."""
     for slot in slots:
         part = partition(slot.param, job, approach)
@@ -69,7 +73,7 @@ def step(slots: Slots, job: Job, refresh: bool, approach: int) -> None:
             adam_mini.step_one(slot, part)
             continue
         if refresh:
-            projection.renew(slot, job)
+            renew(slot, job)
         low = lowered(slot, job, slot.param.dtype)
         side = "right" if part.dim else "left"  # of the projector that rows go through, if they are projected
         if approach == 1 or side not in sides(slot.param, job):
@@ -102,8 +106,21 @@ def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
     return Buffer("projector", (p.m, r), p.dtype), Buffer("exp_avg", (r, p.n), p.dtype)
 
 
-def _method(approach: int) -> Method:
+def _ours(approach: int) -> Implementation:
     values = "rows of the low-rank gradient" if approach == 1 else "rows (query, key: heads)"
+    return Implementation(
+        name="galore-mem", version="galore-mem", source="galore_mem/optim",
+        state=partial(state, approach=approach), step=partial(step, approach=approach), refreshes=True,
+        equations={
+            "projected": f"m·r + n·r + {values} at 4 bytes",
+            "other": "m·n + rows at 4 bytes (query, key: heads; bias: n; norm: 1)",
+        },
+        not_counted=(SVD_WORKSPACE,),
+    )  # fmt: skip
+
+
+def _method(approach: int) -> Method:
+    ours = _ours(approach)
     return Method(
         name="galore-mini" if approach == 3 else f"galore-mini-{approach}",
         title="GaLore-mini" if approach == 3 else f"GaLore-mini (approach {approach})",
@@ -115,17 +132,7 @@ def _method(approach: int) -> Method:
             "paper", "NeurIPS 2024 workshop", "table 1: mr + nr, all second moments taken as eliminated", state_paper,
             equations={"projected": "m·r + n·r", "other": "m·n"},
         ),
-        implementations=(
-            Implementation(
-                name="galore-mem", version="galore-mem", source="galore_mem/optim",
-                state=partial(state, approach=approach), step=partial(step, approach=approach), refreshes=True,
-                equations={
-                    "projected": f"m·r + n·r + {values} at 4 bytes",
-                    "other": "m·n + rows at 4 bytes (query, key: heads; bias: n; norm: 1)",
-                },
-                not_counted=(SVD_WORKSPACE,),
-            ),
-        ),
+        implementations=(ours, randomized(ours, partial(step, approach=approach))),
         hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
         projects=True,
         variants=("galore-mini-1", "galore-mini-2") if approach == 3 else (),

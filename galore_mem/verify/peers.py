@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from galore_mem.memory.phases import Work
 from galore_mem.methods.q_galore_torch import GROUP
+from galore_mem.methods.randomized import columns
 from galore_mem.spec.model import is_target
 from galore_mem.verify.builders import (
     GAP,
@@ -61,7 +62,7 @@ def tensorly_with_torch() -> Iterator[None]:
 
 def qr_workspace(work: Work) -> int:
     """LAPACK's for the orthogonalization: at most a block of 96 float32 columns as long as the sketch is wide."""
-    return 96 * 4 * (work.job.rank + work.job.number("oversampling"))
+    return 96 * 4 * columns(work.job)
 
 
 def only_float32(work: Work) -> str | None:
@@ -233,6 +234,8 @@ QUIET = {"no_deprecation_warning": True}
 CHANNEL = {"scale_type": "channel", "proj": "random"}
 TENSOR = {"scale_type": "tensor", "proj": "random", "rank": 1}
 QR = "the QR driver's workspace, whose size is the library's, is more than a hundredth of it"
+RANDOMIZED: Mapping[str, Any] = {"svd": "randomized"}
+BY_QR: Mapping[str, Any] = {"workspace": {"refresh": (qr_workspace, QR)}}
 COMPILED = "torchao compiles its step: the generated kernels decide its temporaries"
 COMPILES: dict[str, Any] = {
     "around": eager, "not_compared": {"step": COMPILED}, "remarks": ("run without torch.compile",),
@@ -315,10 +318,12 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ),
     ("tensor-galore", "galore-mem"): ours("TensorGaLoreAdamW"),
     ("tensor-galore", "neuraloperator"): Builder(neuraloperator, **NEURALOP),
-    ("galore-2", "galore-mem"): ours("GaLoreAdamW", {"svd": "randomized"}, workspace={"refresh": (qr_workspace, QR)}),
-    ("galore-mini", "galore-mem"): ours("GaLoreMini"),
-    ("galore-mini-1", "galore-mem"): ours("GaLoreMini", {"approach": 1}),
-    ("galore-mini-2", "galore-mem"): ours("GaLoreMini", {"approach": 2}),
+    ("galore-2", "galore-mem"): ours("GaLoreAdamW", RANDOMIZED, **BY_QR),
+    **{
+        (name, code): ours("GaLoreMini", {"approach": approach, **arguments}, **row)
+        for name, approach in (("galore-mini", 3), ("galore-mini-1", 1), ("galore-mini-2", 2))
+        for code, arguments, row in (("galore-mem", {}, {}), ("galore-mem-randomized", RANDOMIZED, BY_QR))
+    },
     ("apollo", "apollo-torch"): projected("apollo_torch.APOLLOAdamW", CHANNEL, needs=("apollo_torch", "bitsandbytes")),
     ("apollo-mini", "apollo-torch"): projected(
         "apollo_torch.APOLLOAdamW", TENSOR, needs=("apollo_torch", "bitsandbytes")

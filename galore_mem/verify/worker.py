@@ -10,9 +10,8 @@ import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -44,6 +43,7 @@ def measure(case: Case, said: Prediction) -> Outcome:
     import torch
 
     from galore_mem.verify.builders import builder
+    from galore_mem.verify.kernels import REMARK, chosen_kernels, large
     from galore_mem.verify.meters import METERS
     from galore_mem.verify.workloads import BETWEEN, WARM, run_optimizer, run_train
 
@@ -51,7 +51,7 @@ def measure(case: Case, said: Prediction) -> Outcome:
     row.check(case.workload, said.work)
     device = torch.device(case.device)
     torch.manual_seed(0)
-    with METERS[case.device]() as meter, plain_kernels(case.device), row.around():
+    with METERS[case.device]() as meter, chosen_kernels(said.work), row.around():
         workload = run_optimizer if case.workload == OPTIMIZER else run_train
         found = workload(said.work, row, device, meter)
     not_compared = row.left_out(case.workload, said.work, said.sizes.phases)
@@ -65,7 +65,7 @@ def measure(case: Case, said: Prediction) -> Outcome:
         {name: peak.allocated for name, peak in peaks.items()},
         {name: peak.reserved for name, peak in peaks.items() if peak.reserved is not None},
     )
-    told = row.told(said.work, not_compared)
+    told = "; ".join(filter(None, (row.told(said.work, not_compared), REMARK if large(said.work) else "")))
     return Outcome(case, "ok", told, expected, sizes, tuple(pairs(said, found.buffers)))
 
 
@@ -87,21 +87,6 @@ def pairs(said: Prediction, found: dict[tuple[str, str], Any]) -> Iterator[Buffe
         if buffer not in shared:
             fmt = str(t.dtype).removeprefix("torch.")
             yield BufferPair(name, buffer, tuple(t.shape), fmt, None, t.untyped_storage().nbytes())
-
-
-@contextmanager
-def plain_kernels(device: str) -> Iterator[None]:
-    """On the CPU one thread, and no oneDNN, whose products take scratch space that depends on the processor."""
-    if device != "cpu":
-        yield
-        return
-    import torch
-
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
 
 
 def environment(device: str) -> dict[str, Any]:
