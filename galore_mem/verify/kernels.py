@@ -21,8 +21,9 @@ def large(work: Work) -> bool:
 
 @contextmanager
 def chosen_kernels(work: Work) -> Iterator[None]:
-    """On the CPU one thread and no oneDNN, but for large models, which take what torch takes."""
-    if work.setup.device != "cpu" or large(work):
+    """On the CPU one thread (scratch space grows with threads, and small factorizations lose to them when the machine
+    is shared), and no oneDNN but for large models."""
+    if work.setup.device != "cpu":
         yield
         return
     import torch
@@ -30,5 +31,5 @@ def chosen_kernels(work: Work) -> Iterator[None]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.mkldnn.flags(enabled=large(work)):
             yield
