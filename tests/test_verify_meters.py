@@ -1,12 +1,13 @@
-"""Meters: the CPU's against allocations that are known, CUDA's logic against counters that behave as torch.cuda's."""
+"""Meters: the CPU's against allocations that are known, the accelerator's against counters that behave as CUDA's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from allocations import allocations
+from fake_cuda import MIB, WORKSPACE, FakeCuda
 
-from galore_mem.verify.meters import CpuMeter, CudaMeter
+from galore_mem.verify.meters import AcceleratorMeter, CpuMeter, Peak
 from galore_mem.verify.residents import tensors, total
 
 
@@ -40,65 +41,78 @@ def test_cpu_meter_agrees_with_the_tests_own_reader() -> None:
     del result
 
 
-class FakeCuda:
-    """Counters as torch.cuda has them: `reset_peak_memory_stats` sets the peak to what is allocated now."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = self.reserved = self.reserved_peak = 0
-        self.calls: list[str] = []
-
-    def allocate(self, n: int) -> None:
-        self.now += n
-        self.peak = max(self.peak, self.now)
-        self.reserved = max(self.reserved, -(-self.now // 2**21) * 2**21)
-        self.reserved_peak = max(self.reserved_peak, self.reserved)
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-    def empty_cache(self) -> None:
-        self.reserved = -(-self.now // 2**21) * 2**21
-
-    def reset_peak_memory_stats(self) -> None:
-        self.peak, self.reserved_peak = self.now, self.reserved
-
-    def max_memory_allocated(self) -> int:
-        return self.peak
-
-    def max_memory_reserved(self) -> int:
-        return self.reserved_peak
+# -- the accelerator's counters ------------------------------------------------------------------------
 
 
-def test_cuda_peaks_of_each_phase() -> None:
+def test_counters_of_each_phase() -> None:
+    """Blocks of 512 bytes, segments of 2 MiB; a phase that is entered again has its highest moment of all."""
     cuda = FakeCuda()
-    with CudaMeter(cuda) as meter:
+    with AcceleratorMeter(cuda) as meter:
         meter.enter("a")
-        cuda.allocate(1000)
-        cuda.allocate(5000)
-        cuda.allocate(-5000)
+        cuda.take(1000)  # blocks of 1,024
+        cuda.take(5000)  # and 5,120
+        cuda.give(5000)
         meter.enter("b")
-        cuda.allocate(300)
+        cuda.take(300)  # 512
         meter.enter("a")
-        cuda.allocate(100)
-    peaks = meter.peaks()
-    assert peaks["a"].allocated == 6000
-    assert peaks["b"].allocated == 1300
-    assert peaks["b"].reserved == 2**21  # a segment of 2 MiB
-    assert cuda.calls  # the device has finished before a counter is read
+        cuda.take(3 * MIB)
+    assert meter.peaks() == {
+        # allocated: 1,024 + 512 + 3 MiB; requested without rounding; 2 segments, which the driver has less
+        "a": Peak(1536 + 3 * MIB, 4 * MIB, 1300 + 3 * MIB, 4 * MIB),
+        "b": Peak(1536, 2 * MIB, 1300, 2 * MIB),
+    }
+    assert cuda.calls.count("synchronize") == 4  # before the first phase, and before counters are read
 
 
-def test_cuda_out_of_memory_leaves_no_peaks() -> None:
+def test_a_phase_starts_at_what_is_left_from_before() -> None:
+    """The warm-up's own peak is gone, what it left is not, and neither are its segments."""
     cuda = FakeCuda()
-    meter = CudaMeter(cuda)
+    with AcceleratorMeter(cuda) as meter:
+        meter.enter("warm-up")
+        cuda.take(512)
+        cuda.take(10 * MIB)
+        cuda.give(10 * MIB)
+        meter.enter("step")
+    assert meter.peaks()["step"] == Peak(512, 12 * MIB, 512, 12 * MIB)
+
+
+def test_the_drivers_figure_is_of_the_device_since_the_start() -> None:
+    """Not what other processes held before, nor the context; but what they take meanwhile."""
+    cuda = FakeCuda(context=450 * MIB, others=1000 * MIB)
+    with AcceleratorMeter(cuda) as meter:
+        meter.enter("step")
+        cuda.take(2 * MIB)
+        cuda.others += 7 * MIB
+    assert meter.peaks()["step"].device_used == 9 * MIB
+    assert meter.peaks()["step"].reserved == 2 * MIB
+
+
+def test_workspaces_are_what_torch_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    with AcceleratorMeter(cuda) as meter:
+        meter.enter("step")
+        cuda.multiplied()
+    assert meter.workspaces == WORKSPACE
+    assert meter.peaks()["step"].allocated == WORKSPACE  # where they are still counted
+    assert cuda.allocated == 0
+
+
+def test_out_of_memory_leaves_no_peaks_and_the_device_alone() -> None:
+    cuda = FakeCuda(capacity=2**30, context=0, others=0)
+    meter = AcceleratorMeter(cuda)
 
     def run() -> None:
         with meter:
             meter.enter("a")
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            cuda.calls.clear()
+            cuda.take(2**30 + 1)
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         run()
     assert meter.peaks() == {}
+    assert meter.workspaces is None
+    assert cuda.calls == []
 
 
 # -- what stays ----------------------------------------------------------------------------------------

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
+import galore_mem.verify.builders as builders
 import galore_mem.verify.matrix as matrix
 from galore_mem.errors import InputError
 from galore_mem.verify.case import BufferPair, Case, Outcome, Sizes
-from galore_mem.verify.record import Record, dump, load
+from galore_mem.verify.line import dump, load
+from galore_mem.verify.processes import Ended, Forked, Fresh
+from galore_mem.verify.record import Record, latest
 from galore_mem.verify.runner import judged, run, run_one
 
 CASE = Case("small-llama", "adamw", "torch-loop")
@@ -23,12 +29,12 @@ FINE = Outcome(
 )
 
 
-def python(program: str) -> tuple[str, ...]:
+def python(program: str) -> Fresh:
     """A worker that runs this program."""
-    return sys.executable, "-c", program
+    return Fresh(command=(sys.executable, "-c", program))
 
 
-def answering(outcome: Outcome) -> tuple[str, ...]:
+def answering(outcome: Outcome) -> Fresh:
     return python(f"import sys; sys.stdin.read(); print({json.dumps(dump(outcome))})")
 
 
@@ -36,35 +42,35 @@ def answering(outcome: Outcome) -> tuple[str, ...]:
 
 
 def test_an_answer_is_taken() -> None:
-    assert run_one(CASE, worker=answering(FINE)) == FINE
+    assert run_one(CASE, start=answering(FINE)) == FINE
 
 
 def test_a_killed_process_is_out_of_memory_or_killed_by_hand() -> None:
-    outcome = run_one(CASE, worker=python("import os; os.kill(os.getpid(), 9)"))
+    outcome = run_one(CASE, start=python("import os; os.kill(os.getpid(), 9)"))
     assert (outcome.status, "SIGKILL" in outcome.detail) == ("oom", True)
 
 
 def test_a_crash_names_its_signal() -> None:
-    outcome = run_one(CASE, worker=python("import os; os.kill(os.getpid(), 11)"))
+    outcome = run_one(CASE, start=python("import os; os.kill(os.getpid(), 11)"))
     assert outcome.status == "failed"
     assert "SIGSEGV" in outcome.detail
 
 
 def test_a_process_that_hangs_is_ended() -> None:
-    outcome = run_one(CASE, timeout=0.5, worker=python("import time; time.sleep(60)"))
+    outcome = run_one(CASE, timeout=0.5, start=python("import time; time.sleep(60)"))
     assert outcome.status == "failed"
     assert "within 0.5 seconds" in outcome.detail
 
 
 def test_a_process_that_fails_says_its_last_line() -> None:
-    outcome = run_one(CASE, worker=python("raise SystemExit('no such thing')"))
+    outcome = run_one(CASE, start=python("raise SystemExit('no such thing')"))
     assert outcome.status == "failed"
     assert "code 1: no such thing" in outcome.detail
 
 
 @pytest.mark.parametrize("said", ["", "not json", "[]", '{"status": "ok"}', "{" * 5000])
 def test_an_answer_that_is_none_is_a_failure(said: str) -> None:
-    assert run_one(CASE, worker=python(f"print({said!r})")).status == "failed"
+    assert run_one(CASE, start=python(f"print({said!r})")).status == "failed"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space limits are Linux's")
@@ -74,9 +80,103 @@ def test_memory_that_runs_out_is_that_cases_status() -> None:
         "import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (1600 * 2**20,) * 2);"
         "runpy.run_module('galore_mem.verify.worker', run_name='__main__')"
     )
-    outcome = run_one(Case("llama-130m", "adamw", "torch-loop"), worker=limited)
+    outcome = run_one(Case("llama-130m", "adamw", "torch-loop"), start=limited)
     assert outcome.status == "oom", outcome.detail
     assert "memory" in outcome.detail
+
+
+# -- forks -------------------------------------------------------------------------------------------
+
+
+# the server with nothing to import and a worker that takes its case as a program
+FORKS = """
+import sys, galore_mem.verify.server as server, types
+server.WARM = ()
+worker = types.ModuleType("galore_mem.verify.worker")
+worker.main = lambda: exec(sys.stdin.read())
+sys.modules["galore_mem.verify.worker"] = worker
+server.main()
+"""
+
+
+@pytest.fixture
+def forks() -> Iterator[Forked]:
+    started = Forked(command=(sys.executable, "-c", FORKS))
+    yield started
+    started.stop()
+
+
+def test_each_fork_ends_as_a_process_does(forks: Forked) -> None:
+    """What one prints, says, exits with or dies of is its own, and the next has a process of its own."""
+    assert forks.run("print('seen')", 30) == Ended(0, "seen\n", "")
+    assert forks.run("import os; os.kill(os.getpid(), 9)", 30)[:2] == (-9, "")
+    failed = forks.run("global left; left = 1; raise ValueError('no')", 30)
+    assert (failed.code, failed.err) == (1, "ValueError: no\n")
+    assert forks.run("print('left' in globals())", 30).out == "False\n"
+    assert forks.run("raise SystemExit(7)", 30).code == 7
+    late = forks.run("import time; time.sleep(60)", 0.3)
+    assert (late.code, late.late) == (-9, True)
+    assert forks.run("import os; os.write(1, b'from below')", 30).out == "from below"
+
+
+def test_a_server_that_dies_is_one_case_and_the_next_has_another(forks: Forked) -> None:
+    died = forks.run("import os; os.kill(os.getppid(), 9)", 30)
+    assert died.code == -9
+    assert forks.run("print('again')", 30).out == "again\n"
+
+
+def test_stopping_ends_what_runs() -> None:
+    """From another thread, as Ctrl-C does it: the case is not waited for."""
+    for start, text in (
+        (Forked(command=(sys.executable, "-c", FORKS)), "import time; time.sleep(60)"),
+        (python("import time; time.sleep(60)"), ""),
+    ):
+        Timer(1.5, start.stop).start()
+        begun = time.monotonic()
+        assert start.run(text, 60).code == -9
+        assert time.monotonic() - begun < 30
+
+
+def written(path: Path) -> bool:
+    """Is there something in the file?"""
+    return path.exists() and path.read_text() != ""
+
+
+def test_an_interrupted_run_leaves_no_process_and_no_half_result(tmp_path: Path) -> None:
+    """The second case is running when the first outcome's reader stops: it is killed, and not in the record."""
+    record = Record(tmp_path / "runs.jsonl")
+    slow = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    outcomes = run([CASE, OTHER], record=record, starters=[answering(FINE), slow])
+    assert next(outcomes).case == CASE
+    while not written(tmp_path / "pid"):
+        time.sleep(0.05)
+    outcomes.close()
+    assert record.read() == [FINE]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_forks_measure_as_fresh_processes_do() -> None:
+    """The real worker, twice in one server: equal to the byte."""
+    case = Case("small-tied", "galore", "galore-mem", hyperparameters={"rank": 8})
+    forked = Forked()
+    try:
+        first, second = (run_one(case, start=forked) for _ in range(2))
+    finally:
+        forked.stop()
+    alone = run_one(case)
+    assert first.status == "ok", first.detail
+    assert first.measured == second.measured == alone.measured
+    assert first.buffers == alone.buffers
+
+
+def test_what_is_not_installed_needs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "find_spec", lambda name: None)
+    nobody = python("raise SystemExit('was started')")
+    [gone] = run([CASE], starters=[nobody])
+    assert (gone.status, gone.detail) == ("unsupported", "needs the package torch, which is not installed")
+    [unbuilt] = run([Case("small-llama", "relora", "relora", "train")], starters=[nobody])
+    assert unbuilt.status == "unsupported"
 
 
 # -- the record --------------------------------------------------------------------------------------
@@ -98,7 +198,7 @@ def test_results_are_in_the_record_before_the_next_case_begins(tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run([CASE, OTHER], record=record, worker=answering(FINE), begun=begun))
+        list(run([CASE, OTHER], record=record, starters=[answering(FINE)], begun=begun))
     assert record.read() == [FINE]
 
 
@@ -108,7 +208,7 @@ def test_resume_runs_what_is_missing_or_failed(tmp_path: Path) -> None:
     record.append(Outcome(OTHER, "failed", "crashed"))
     begun: list[Case] = []
     third = Case("small-tied", "adamw", "torch-loop")
-    list(run([CASE, OTHER, third], record=record, resume=True, worker=answering(FINE), begun=begun.append))
+    list(run([CASE, OTHER, third], record=record, resume=True, starters=[answering(FINE)], begun=begun.append))
     assert begun == [OTHER, third]
 
 
@@ -157,9 +257,56 @@ def test_a_record_is_an_ordinary_file(tmp_path: Path) -> None:
         Record(tmp_path).append(FINE)
 
 
+def test_a_record_has_a_row_for_neighboring_layers(tmp_path: Path) -> None:
+    """Two layers' momenta fold into one row each; what differs, and what is in no layer, has its own."""
+    weights = ("model.layers.0.w.weight", "model.layers.1.w.weight")
+    pairs = (
+        *(BufferPair(w, "exp_avg", (2, 3), "float32", 24, 24) for w in weights),
+        *(BufferPair(w, "step", (), "float32", 4, measured) for w, measured in zip(weights, (4, None), strict=True)),
+        *(BufferPair("norm.weight", "exp_avg", (3,), "float32", 12, 12) for _ in range(2)),
+    )
+    outcome = Outcome(CASE, "ok", "", SIZES, SIZES, pairs)
+    rows = json.loads(dump(outcome))["buffers"]
+    assert rows[:2] == [
+        ["model.layers.{i}.w.weight", 0, 2, "exp_avg", [2, 3], "float32", 24, 24],
+        ["model.layers.{i}.w.weight", 0, 1, "step", [], "float32", 4, 4],
+    ]
+    assert len(rows) == 5
+    assert load(dump(outcome)) == outcome
+
+
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        ({"options": {"batch_size": "x"}}, "batch_size': 'x'"),
+        ({"options": {"batch_size": -1}}, "batch"),
+        ({"options": {"speed": 1}}, "unknown option"),
+        ({"recipe": "fp7"}, "recipe"),
+        ({"model": 5}, "model"),
+        ({"hyperparameters": [1]}, "hyperparameters"),
+        ({"targets": [1]}, "targets"),
+        ({"predicted": {**SIZES.to_json(), "phases": {"step": "x"}}}, "phases.step"),
+        ({"measured": {**SIZES.to_json(), "weights_bytes": None}}, "weights_bytes"),
+        ({"measured": {**SIZES.to_json(), "weights_bytes": -1}}, "weights_bytes"),
+        ({"detail": 7}, "detail"),
+        ({"status": "fine"}, "status"),
+        ({"environment": []}, "environment"),
+        ({"seconds": "x"}, "seconds"),
+        ({"buffers": [["w", None, 1, "exp_avg", [5], "float32", "x", 4]]}, "buffers"),
+        ({"bogus": 1}, "bogus"),
+    ],
+)
+def test_a_line_with_a_wrong_value_is_refused_by_its_name(changed: dict[str, object], where: str) -> None:
+    with pytest.raises(InputError, match=where):
+        load(json.dumps({**json.loads(dump(FINE)), **changed}))
+
+
+def test_a_case_that_was_resumed_counts_as_it_ended_last() -> None:
+    failed = Outcome(CASE, "failed", "crashed")
+    assert latest([failed, Outcome(OTHER, "oom"), FINE]) == [FINE, Outcome(OTHER, "oom")]
+
+
 def test_a_case_from_elsewhere_is_refused() -> None:
-    with pytest.raises(InputError):
-        load({"model": "m", "method": "adamw", "implementation": "x", "bogus": 1})
     with pytest.raises(InputError, match="workload"):
         Case("m", "adamw", "torch-loop", "sideways")
     with pytest.raises(InputError, match="option"):

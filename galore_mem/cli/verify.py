@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from galore_mem.cli.output import check_format, dump_json, write
+from galore_mem.cli.estimate import assignments
+from galore_mem.cli.output import check_format, write
 from galore_mem.errors import InputError
 
 if TYPE_CHECKING:
-    from galore_mem.verify.case import Case, Outcome
+    from galore_mem.verify.case import Outcome
 
 app = typer.Typer(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 
-Format = Annotated[str, typer.Option("--format", "-f", help="table or json.")]
+Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")]
 Buffers = Annotated[bool, typer.Option("--buffers", help="With every tensor of the optimizer's state.")]
 Tolerance = Annotated[float, typer.Option(help="How far a phase's peak may be off, as a part of it.")]
@@ -37,17 +36,35 @@ def command(
     workload: Annotated[
         str | None, typer.Option(help="optimizer (steps on random gradients) or train (whole steps). Default: both.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or auto. With a card, the LLaMA sizes that fit are trained too.")
+    ] = "auto",
     recipe: Annotated[str | None, typer.Option(help="As for estimate. Default: fp32 and pure-bf16.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of low-rank methods.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b")] = 2,
-    seq_len: Annotated[int, typer.Option("--seq-len", "-s")] = 64,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute each layer in backward.")] = False,
-    layerwise: Annotated[bool, typer.Option(help="Step and free each gradient in the backward hook.")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of low-rank methods. Default: 64.")] = None,
+    target: Annotated[str | None, typer.Option(help="As for estimate.")] = None,
+    hyperparameter: Annotated[
+        list[str] | None, typer.Option("--set", help="Another hyperparameter, as name=value; repeat for several.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Default: 2.", show_default=False)
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", "-s", help="Default: 64.", show_default=False)] = None,
+    attention: Annotated[str | None, typer.Option(help="sdpa, eager or flash. Default: sdpa.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute each layer in backward. Default: small models are run both ways.")
+    ] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Backward passes per step. Default: 1.")] = None,
+    layerwise: Annotated[bool | None, typer.Option(help="Step and free each gradient in the backward hook.")] = None,
     tolerance: Tolerance = 0.02,
-    timeout: Annotated[float, typer.Option(help="Seconds for one case.")] = 1800,
+    timeout: Annotated[float, typer.Option(help="Seconds for one case.", min=1)] = 1800,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Cases at a time. Default: 2 small ones on the CPU.", min=1)
+    ] = None,
     record: Annotated[Path | None, typer.Option(help="Append each result to this file as it comes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what the record has.")] = False,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Folder for the allocator's history of each case (CUDA).")
+    ] = None,
     buffers: Buffers = False,
     format: Format = "table",
     output: Output = None,
@@ -59,21 +76,25 @@ def command(
     if context.invoked_subcommand is not None:
         return 0
     check_format(format)
-    from galore_mem.verify.matrix import chosen
-    from galore_mem.verify.record import Record
-    from galore_mem.verify.runner import run
-
     if resume and record is None:
         raise InputError("--resume continues a record; name it with --record FILE")
-    cases = chosen(
-        model=model, methods=method or (), implementation=implementation, workload=workload, device=device,
-        recipe=recipe, rank=rank, batch_size=batch_size, seq_len=seq_len,
-        gradient_checkpointing=gradient_checkpointing, layerwise=layerwise,
+    from galore_mem.verify.matrix import Wishes
+    from galore_mem.verify.session import Session
+
+    options = {
+        "batch_size": batch_size, "seq_len": seq_len, "attention": attention, "layerwise": layerwise,
+        "gradient_checkpointing": gradient_checkpointing, "gradient_accumulation": gradient_accumulation,
+    }  # fmt: skip
+    wishes = Wishes(
+        model, tuple(method or ()), implementation, workload, recipe,
+        None if target is None else tuple(t.strip() for t in target.split(",") if t.strip()),
+        {name: value for name, value in options.items() if value is not None},
+        {name: value for name, value in assignments(hyperparameter or [], rank=rank).items() if value is not None},
     )  # fmt: skip
-    kept = None if record is None else Record(record)
-    begun = progress(len(cases))
-    outcomes = list(run(cases, record=kept, resume=resume, tolerance=tolerance, timeout=timeout, begun=begun))
-    return show(outcomes, format, output, buffers=buffers)
+    session = Session(wishes, device, record, resume=resume, tolerance=tolerance, timeout=timeout, snapshot=snapshot)
+    outcomes = session.run(jobs)
+    code = show(outcomes, format, output, buffers=buffers)
+    return 130 if session.interrupted else code
 
 
 @app.command()
@@ -86,31 +107,16 @@ def report(
 ) -> int:
     """Show what is in records: predicted, measured, and the signed error per component and phase."""
     check_format(format)
-    from galore_mem.verify.record import Record
+    from galore_mem.verify.record import Record, latest
     from galore_mem.verify.runner import judged
 
-    outcomes = [judged(o, tolerance) for path in records for o in Record(path).read()]
+    outcomes = [judged(o, tolerance) for o in latest(o for path in records for o in Record(path).read())]
     return show(outcomes, format, output, buffers=buffers)
-
-
-def progress(total: int) -> Callable[[Case], None]:
-    """Tells on stderr which case begins."""
-    done = 0
-
-    def begun(case: Case) -> None:
-        nonlocal done
-        done += 1
-        print(f"[{done}/{total}] {case}", file=sys.stderr, flush=True)
-
-    return begun
 
 
 def show(outcomes: list[Outcome], format: str, output: Path | None, *, buffers: bool) -> int:
     """Writes the answer; 1 if any case is not as predicted."""
-    from galore_mem.report import verify as reports
+    from galore_mem.report.verify import render
 
-    if format == "json":
-        write(dump_json(reports.to_json(outcomes, buffers=buffers)), output)
-    else:
-        write("\n".join(reports.lines(outcomes, buffers=buffers)) + "\n", output)
+    write(render(outcomes, format, buffers=buffers, plain=output is not None), output)
     return 1 if any(o.status in ("mismatch", "oom", "failed") for o in outcomes) else 0

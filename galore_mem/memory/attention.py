@@ -79,11 +79,11 @@ def sdpa(
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
     tape, dtype = q.tape, q.dtype
     layouts = tuple((t.shape, _gradient_strides(t, kernel)) for t in (q, k, v))
-    scratch = _SCRATCH[kernel]
+    scratch = SCRATCH[kernel]
 
     def backward(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Grads:
         read = () if kernel == "cpu" else (first(grads), saved[inputs])
-        copies = [tape.bytes(dtype.nbytes(t.shape)) for t in read if not _rows_in_order(t)]
+        copies = [tape.bytes(dtype.nbytes(t.shape)) for t in read if not rows_in_order(t)]
         outs = tuple(tape.empty(shape, dtype, strides=strides) for shape, strides in layouts)
         buffers = scratch(outs[0], outs[1])
         del copies, buffers
@@ -120,7 +120,7 @@ def _gradient_strides(t: Tensor, kernel: str) -> Shape:
     return result_strides(t.shape, t.layout) if kernel == "flash" else _heads_last(t.shape)
 
 
-def _rows_in_order(t: Tensor) -> bool:
+def rows_in_order(t: Tensor) -> bool:
     """(batch, length, heads, head_dim) is contiguous; a kernel copies what is not."""
     b, h, s, d = t.shape
     return is_contiguous((b, s, h, d), tuple(t.strides[i] for i in (0, 2, 1, 3)))
@@ -165,7 +165,7 @@ def _cpu_scratch(q: Tensor, k: Tensor) -> list[Storage]:
     return []
 
 
-_SCRATCH: dict[str, Callable[[Tensor, Tensor], list[Storage]]] = {
+SCRATCH: dict[str, Callable[[Tensor, Tensor], list[Storage]]] = {
     "flash": _flash_scratch,
     "efficient": _efficient_scratch,
     "cpu": _cpu_scratch,

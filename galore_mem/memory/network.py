@@ -180,6 +180,10 @@ class Network:
             return self._inputs.tensor()
         return x
 
+    def dropped(self) -> None:
+        """The graph is gone, and with it a gradient of the embeddings."""
+        self._inputs = None
+
     def checkpoint(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function(x)`, checkpointed if the setup says so."""
         return checkpoint(function, x) if self.setup.gradient_checkpointing else function(x)

@@ -190,9 +190,9 @@ def embedding(weight: Tensor, ids: Tensor) -> Tensor:
     tape, table, tokens = weight.tape, weight.shape, ids.numel
 
     def backward(saved: Kept, grads: Incoming) -> Grads:
-        indices = _sorted_indices(tape, tokens)
+        indices = sorted_indices(tape, tokens)
         grad = tape.empty(table, first(grads).dtype)
-        partial = _partial_sums(tape, tokens, table)
+        partial = partial_sums(tape, tokens, table)
         del indices, partial
         return (grad,)
 
@@ -205,7 +205,7 @@ def embedding(weight: Tensor, ids: Tensor) -> Tensor:
 _UNSORTED = 3072  # tokens that CUDA's embedding backward handles without sorting them
 
 
-def _sorted_indices(tape: Tape, tokens: int) -> list[Storage]:
+def sorted_indices(tape: Tape, tokens: int) -> list[Storage]:
     """cuda/Embedding.cu, embedding_dense_backward_cuda: the ids and their places, sorted; a third buffer and the
     sort's own are gone when the sums begin."""
     if tape.device == "cpu" or tokens <= _UNSORTED:
@@ -214,7 +214,7 @@ def _sorted_indices(tape: Tape, tokens: int) -> list[Storage]:
     return sorting[:2]
 
 
-def _partial_sums(tape: Tape, tokens: int, table: Shape) -> list[Storage]:
+def partial_sums(tape: Tape, tokens: int, table: Shape) -> list[Storage]:
     """cuda/EmbeddingBackwardKernel.cu: rows of one id are summed ten at a time, in float32, in room for as many sums
     as there could be, with four arrays that say where each begins."""
     if tape.device == "cpu" or tokens <= _UNSORTED:

@@ -175,6 +175,9 @@ def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
         if not setup.keep_logits:
             outputs = ()
         _backward(network, loss, "refresh" if refresh else "backward")
+        if not setup.keep_logits:
+            loss = loss.detach()  # what is left of the graph goes
+            network.dropped()
         live = tape.live  # the loss, and the outputs if they are kept, lie there during the step
         retained = (0, 0, 0, live[3], live[4])
         del loss, outputs

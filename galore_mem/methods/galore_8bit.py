@@ -12,7 +12,8 @@ a low-rank tensor of zeros, which becomes the update; one product adds it to the
 (galore_torch/adamw8bit.py): the weight is cloned and `p.data` is a low-rank stand-in while the kernel runs,
 so each weight gets a new storage in every step; `p.grad` stays low-rank until it is set to None; float32
 projectors keep a whole factor alive. It needs bitsandbytes below 0.50, which took its positional arguments
-away (`max_unorm=100` results, 4 bytes more per parameter, and small tensors stop training).
+away (`max_unorm=100` results, 4 bytes more per parameter, and small tensors stop training): that is
+galore-torch-bnb-0.50.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from galore_mem.dtypes import UINT8
+from galore_mem.dtypes import FLOAT32, UINT8
 from galore_mem.memory.tape import GRADIENTS, Tensor
 from galore_mem.methods import adamw_8bit, galore, projection
 from galore_mem.methods.adamw_8bit import blockwise, lookup_tables
@@ -74,6 +75,11 @@ def state_reference(p: Trained, job: Job) -> tuple[Buffer, ...]:
     return *(projection.sliced(p, job, p.dtype) if applies(p) else ()), *moments(p, job)
 
 
+def state_misread(p: Trained, job: Job) -> tuple[Buffer, ...]:
+    """As `state_reference`, and the update's norm, for which a positive `max_unorm` makes room."""
+    return *state_reference(p, job), Buffer("unorm_vec", (1,), FLOAT32)
+
+
 def step_reference(slots: Slots, job: Job, refresh: bool) -> None:
     """AdamW8bit.step. `p.saved_data` becomes the weight when the old storage goes, so that from then on the
     two count once; the full gradient is replaced by the low-rank one, which stays."""
@@ -100,6 +106,16 @@ def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
     return tuple(replace(b, dtype=UINT8) for b in galore.state_paper(p, job))
 
 
+GALORE_TORCH = Implementation(
+    name="galore-torch", version="galore-torch 1.0, bitsandbytes 0.49", source="galore_torch/adamw8bit.py",
+    state=state_reference, step=step_reference, shared=lookup_tables, one_each=True, refreshes=True,
+    equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
+    notes=(
+        "in float32 the projector is a view that keeps the whole m x m factor of the SVD alive",
+        "after the step each gradient is the low-rank one until it is set to None",
+    ),
+)  # fmt: skip
+
 METHOD = Method(
     name="galore-8bit",
     title="8-bit GaLore",
@@ -114,15 +130,11 @@ METHOD = Method(
             state=state, step=step, shared=lookup_tables, refreshes=True,
             equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
-        Implementation(
-            name="galore-torch", version="galore-torch 1.0, bitsandbytes 0.49", source="galore_torch/adamw8bit.py",
-            state=state_reference, step=step_reference, shared=lookup_tables, one_each=True, refreshes=True,
-            equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
-            notes=(
-                "with bitsandbytes 0.50 and later it runs with max_unorm=100 instead of percentile_clipping=100",
-                "in float32 the projector is a view that keeps the whole m x m factor of the SVD alive",
-                "after the step each gradient is the low-rank one until it is set to None",
-            ),
+        GALORE_TORCH,
+        replace(
+            GALORE_TORCH, name="galore-torch-bnb-0.50", version="galore-torch 1.0, bitsandbytes 0.50.2",
+            state=state_misread,
+            notes=("bitsandbytes takes its percentile_clipping=100 for max_unorm=100", *GALORE_TORCH.notes),
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),

@@ -7,7 +7,9 @@ from typing import Any
 from galore_mem.errors import unknown
 from galore_mem.memory.phases import PHASES
 from galore_mem.memory.tape import CATEGORIES
+from galore_mem.report.verify import OF_PASSES, VERIFY_SCHEMA
 from galore_mem.result import ESTIMATE_SCHEMA
+from galore_mem.verify.case import COUNTED, RESIDENTS, STATUSES, TOLD, WORKLOADS
 
 Schema = dict[str, Any]
 
@@ -16,6 +18,7 @@ BYTES: Schema = {"type": "integer", "minimum": 0}
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean"}
 TEXTS: Schema = {"type": "array", "items": TEXT}
+HYPERPARAMETERS: Schema = {"type": "object", "additionalProperties": {"type": ["integer", "number", "string"]}}
 
 
 def _object(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
@@ -60,7 +63,7 @@ def _estimate() -> Schema:
         method=TEXT,
         implementation=TEXT,
         convention={"enum": ["implementation", "paper"]},
-        hyperparameters={"type": "object", "additionalProperties": {"type": ["integer", "number", "string"]}},
+        hyperparameters=HYPERPARAMETERS,
         layerwise=FLAG,
         weights_bytes=BYTES,
         gradients_bytes=BYTES,
@@ -86,6 +89,7 @@ def _estimate() -> Schema:
         source=TEXT,
     )
     setup = _object(
+        (),
         recipe=TEXT,
         batch_size=INT,
         seq_len=INT,
@@ -149,7 +153,81 @@ def _models() -> Schema:
     return _object(schema={"const": "galore-mem.models/1"}, models=_list(model))
 
 
-SCHEMAS = {"estimate": _estimate, "models": _models, "papers": _papers}
+def _verify() -> Schema:
+    phases: Schema = {"type": "object", "additionalProperties": BYTES}
+    sizes = _object(
+        (*COUNTED, *TOLD),
+        **dict.fromkeys((*RESIDENTS, "peak_allocated_bytes"), BYTES),
+        phases=phases,
+        **dict.fromkeys(COUNTED, phases),
+        **dict.fromkeys(TOLD, BYTES),
+    )
+    error = _or_null({"type": "number"})  # null: something was predicted, and nothing measured
+    errors = _object(
+        (),
+        **dict.fromkeys((*RESIDENTS, "peak_allocated_bytes"), error),
+        phases={"type": "object", "additionalProperties": error},
+    )
+    buffer = _object(
+        param=TEXT,
+        buffer=TEXT,
+        shape=_list(BYTES),
+        dtype=TEXT,
+        predicted_bytes=_or_null(BYTES),
+        measured_bytes=_or_null(BYTES),
+    )
+    passes = {"batch_size": INT, "seq_len": INT, "gradient_checkpointing": FLAG, "keep_logits": FLAG}
+    setup = _object(
+        (),
+        recipe=TEXT,
+        **{name: _or_null(passes.get(name, TEXT)) for name in OF_PASSES},
+        layerwise=FLAG,
+        keep_gradients=FLAG,
+        gradient_accumulation=INT,
+        torch=TEXT,
+        device=TEXT,
+        target=_or_null(TEXTS),
+        gpu={"type": "null"},
+    )
+    environment: Schema = {"type": "object"}  # versions and settings, as they were found
+    case = _object(
+        ("buffers", "environment"),
+        model=TEXT,
+        method=TEXT,
+        implementation=TEXT,
+        workload={"enum": list(WORKLOADS)},
+        hyperparameters=HYPERPARAMETERS,
+        setup=setup,
+        status={"enum": list(STATUSES)},
+        detail=TEXT,
+        predicted=_or_null(sizes),
+        measured=_or_null(sizes),
+        rel_error=_or_null(errors),
+        paper_optimizer_state_bytes=_or_null(BYTES),
+        seconds={"type": "number", "minimum": 0},
+        buffers=_list(buffer),
+        environment=environment,
+    )
+    share = {"type": "number", "minimum": 0}
+    off = _object(
+        (),
+        **dict.fromkeys(("model", "method", "implementation", "workload", "phase"), TEXT),
+        rel_error={"type": "number"},
+    )
+    summary = _object(
+        (),
+        cases=BYTES,
+        **dict.fromkeys(STATUSES, BYTES),
+        **dict.fromkeys(("buffers_compared", "buffers_different", "phases_compared"), BYTES),
+        **dict.fromkeys(("worst_rel_error", "p95_rel_error", "median_rel_error"), _or_null(share)),
+        worst=_or_null(off),
+    )
+    return _object(
+        schema={"const": VERIFY_SCHEMA}, version=TEXT, environment=environment, cases=_list(case), summary=summary
+    )
+
+
+SCHEMAS = {"estimate": _estimate, "models": _models, "papers": _papers, "verify": _verify}
 
 
 def schema(name: str) -> Schema:

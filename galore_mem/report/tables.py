@@ -24,12 +24,17 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A title, columns and rows of text, with lines below it."""
+    """A title, columns and rows of text, with lines below it: first those that want attention, then the others."""
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     footer: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        return self.warnings + self.footer
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -47,7 +52,7 @@ def to_markdown(table: Table) -> str:
     lines.append("| " + " | ".join(c.name for c in table.columns) + " |")
     lines.append("|" + "|".join("---:" if c.right else "---" for c in table.columns) + "|")
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
-    lines += ["", *(f"{line}  " for line in table.footer)] if table.footer else []
+    lines += ["", *(f"{line}  " for line in table.below)] if table.below else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -67,7 +72,7 @@ def _aligned(table: Table) -> str:
             for cell, width, column in zip(row, widths, table.columns, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, *table.footer]) + "\n"
+    return "\n".join([*lines, *table.below]) + "\n"
 
 
 def _drawn(table: Table) -> str:
@@ -80,21 +85,18 @@ def _drawn(table: Table) -> str:
     table = narrowed(table, width)
     width = max(width, needed_width(table))  # still too wide: lines wrap, no number is cut
     console = Console(file=text, force_terminal=True, width=width, highlight=False)
-    drawn = RichTable(
-        title=table.title or None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-    )
+    drawn = RichTable(box=None, pad_edge=False, header_style="dim")
     for column in table.columns:
         drawn.add_column(column.name, justify="right" if column.right else "left", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*(_painted(Text, cell, c) for cell, c in zip(row, table.columns, strict=True)))
-    console.print(drawn)
-    for line in table.footer:
-        console.print(line, style="dim", markup=False)
+    if table.title:  # not the drawn table's, which would wrap it to the table's width
+        console.print(table.title, style="bold", markup=False)
+    if table.columns:
+        console.print(drawn)
+    for style, below in (("red", table.warnings), ("dim", table.footer)):
+        for line in below:
+            console.print(line, style=style, markup=False)
     return text.getvalue()
 
 
@@ -108,7 +110,8 @@ def _painted(text: Any, cell: str, column: Column) -> Any:
 
 def needed_width(table: Table) -> int:
     """Characters of the table's longest possible line."""
-    return sum(max(len(c.name), *(len(row[i]) for row in table.rows)) + 2 for i, c in enumerate(table.columns)) - 2
+    cells = ((c.name, *(row[i] for row in table.rows)) for i, c in enumerate(table.columns))
+    return sum(max(map(len, column)) + 2 for column in cells) - 2
 
 
 def narrowed(table: Table, width: int) -> Table:

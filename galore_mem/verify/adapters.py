@@ -64,4 +64,6 @@ def _nf4(module: Any, work: Work, device: torch.device) -> Any:
         layer = nn.Linear4bit(weight.shape[1], weight.shape[0], False, compute, double, "nf4")
     layer.weight = nn.Params4bit(weight, compress_statistics=double, quant_type="nf4", module=layer)
     layer.bias = module.bias
+    if device.type == "meta":  # moving there does not quantize
+        layer.weight = layer.weight._quantize(device)
     return layer.requires_grad_(False).to(device)

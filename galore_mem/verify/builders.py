@@ -121,7 +121,7 @@ class Builder:
         """Raises `Unsupported` where the case cannot run here."""
         missing = self.missing()
         if missing:
-            raise Unsupported(f"needs the package {', '.join(missing)}, which is not installed")
+            raise Unsupported(without(missing))
         if workload not in self.workloads:
             raise Unsupported(f"{self.only}: use --workload {self.workloads[0]}")
         reason = self.refuses(work)
@@ -148,6 +148,11 @@ class Builder:
             by_reason.setdefault(why, []).append(phase)
         parts = [f"not compared: {', '.join(phases)} ({why})" for why, phases in by_reason.items()]
         return "; ".join([*self.remarks, *(self.on_cpu if work.setup.device == "cpu" else ()), *parts])
+
+
+def without(missing: Sequence[str]) -> str:
+    """Says which packages an implementation needs."""
+    return f"needs the package {', '.join(missing)}, which is not installed"
 
 
 # -- how optimizers are made ---------------------------------------------------------------------------

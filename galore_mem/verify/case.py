@@ -14,7 +14,9 @@ OPTIMIZER, TRAIN = "optimizer", "train"
 WORKLOADS = (OPTIMIZER, TRAIN)
 STATUSES = ("ok", "mismatch", "oom", "unsupported", "failed")
 RESIDENTS = ("weights_bytes", "gradients_bytes", "optimizer_state_bytes")
+COUNTED, TOLD = ("reserved", "requested"), ("workspaces_bytes", "device_used_bytes")
 NAMED = ("batch_size", "seq_len", "attention", "gradient_checkpointing", "layerwise", "gradient_accumulation", "device")
+ALONE = ("layerwise",)  # those of them that the optimizer's steps alone depend on
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,9 @@ class Case:
 class Sizes:
     """Bytes, predicted or measured: the tensors that stay, and the highest moment of each phase.
 
-    `reserved` holds what the allocator had taken from the device by the end of a phase, where it tells.
+    Where the allocator tells: what of each phase was `requested`, without rounding; what it had `reserved` of the
+    device; `workspaces_bytes` that libraries keep in it (cuBLAS), which `phases` and `requested` are without; and
+    `device_used_bytes`, what the driver says was taken of the device since before the first tensor, at most.
     """
 
     weights_bytes: int
@@ -87,6 +91,9 @@ class Sizes:
     optimizer_state_bytes: int
     phases: Mapping[str, int]
     reserved: Mapping[str, int] = field(default_factory=dict)
+    requested: Mapping[str, int] = field(default_factory=dict)
+    workspaces_bytes: int | None = None
+    device_used_bytes: int | None = None
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -97,13 +104,15 @@ class Sizes:
             **{name: getattr(self, name) for name in RESIDENTS},
             "peak_allocated_bytes": self.peak_allocated_bytes,
             "phases": dict(self.phases),
-            **({"reserved": dict(self.reserved)} if self.reserved else {}),
+            **{name: dict(getattr(self, name)) for name in COUNTED if getattr(self, name)},
+            **{name: getattr(self, name) for name in TOLD if getattr(self, name) is not None},
         }
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Sizes:
-        weights, gradients, state = (given[name] for name in RESIDENTS)
-        return cls(weights, gradients, state, given["phases"], given.get("reserved", {}))
+        """What `to_json` wrote, by this release or one before."""
+        stays = {name: given[name] for name in (*RESIDENTS, "phases")}
+        return cls(**stays, **{name: given[name] for name in (*COUNTED, *TOLD) if name in given})
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,19 @@ The small models were made for this: between them their matrices are wide, tall 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 from galore_mem.errors import InputError, unknown
+from galore_mem.estimator import check
 from galore_mem.methods.registry import METHODS, method
 from galore_mem.setup import DEVICES
 from galore_mem.spec.config import model_from_config
 from galore_mem.spec.model import ModelSpec
 from galore_mem.spec.resolve import resolve
-from galore_mem.verify.case import OPTIMIZER, TRAIN, WORKLOADS, Case
+from galore_mem.verify.case import ALONE, OPTIMIZER, TRAIN, WORKLOADS, Case
 
 _LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2,
@@ -44,10 +46,42 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 RANK = 64  # above some matrices' smaller side, below others'
-# what a run without further wishes has of every implementation: between them both formats and all shapes
-STEPS = (("small-tied", "fp32"), ("small-llama", "pure-bf16"))
+# what a run without further wishes has of every implementation: both formats on shapes of every kind
+FORMATS = ("fp32", "pure-bf16")
+SHAPES = ("small-tied", "small-llama")
 WHOLE = "small-llama"
 CHECKPOINTED = ("adamw", "lora", "galore", "galore-mini")
+PASSES = {"batch_size": 2, "seq_len": 64}
+# what a run without wishes trains these in, besides: other ways, and other models
+VARIED = ("adamw", "galore", "galore-mini")
+WAYS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("pure-bf16", {}), ("amp-bf16", {}), ("fp32", {"attention": "eager"}), ("fp32", {"gradient_accumulation": 2}),
+    ("fp32", {"layerwise": True}),
+)  # fmt: skip
+OTHERS = ("small-tied", "small-qwen2", "small-gpt2")
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a command line asks for. None, or nothing: everything that a run without wishes has.
+
+    `options` are the setup's that were given, by the names of the command line (`case.NAMED`); `hyperparameters` go to
+    the methods that have them.
+    """
+
+    model: str | None = None
+    methods: Sequence[str] = ()
+    implementation: str | None = None
+    workload: str | None = None
+    recipe: str | None = None
+    targets: tuple[str, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def narrowed(self) -> bool:
+        """Does it ask for some methods, implementations or workloads and not for all?"""
+        return self.workload == TRAIN or bool(self.methods) or self.implementation is not None
 
 
 def model_of(name: str) -> ModelSpec:
@@ -57,9 +91,11 @@ def model_of(name: str) -> ModelSpec:
     return resolve(name)
 
 
-def hyperparameters(name: str, rank: int | None = None) -> dict[str, int]:
-    """The rank, where the method has one."""
-    return {h.name: RANK if rank is None else rank for h in METHODS[name].hyperparameters if h.name == "rank"}
+def hyperparameters(name: str, given: Mapping[str, int | float | str | None] | None = None) -> dict[str, Any]:
+    """Those given that the method has, and a rank where it has one."""
+    known = {h.name for h in METHODS[name].hyperparameters}
+    wanted = {"rank": RANK, **{key: value for key, value in (given or {}).items() if value is not None}}
+    return {key: value for key, value in wanted.items() if key in known}
 
 
 def implementations(methods: Sequence[str] = (), implementation: str | None = None) -> Iterator[tuple[str, str]]:
@@ -70,53 +106,67 @@ def implementations(methods: Sequence[str] = (), implementation: str | None = No
                 yield name, code.name
 
 
-def chosen(
-    *,
-    model: str | None,
-    methods: Sequence[str],
-    implementation: str | None,
-    workload: str | None,
-    device: str,
-    recipe: str | None,
-    rank: int | None,
-    batch_size: int,
-    seq_len: int,
-    gradient_checkpointing: bool,
-    layerwise: bool,
-) -> list[Case]:
+def chosen(wishes: Wishes, device: str) -> list[Case]:
     """The cases of a command line. Without a model: states and steps of every implementation on the small models, in
     two formats, and whole training steps, with and without checkpointing (unless methods, an implementation or the
     workload are named, only of each method's first implementation, and both only of `CHECKPOINTED`). With one: that
-    model, as it is asked for."""
-    codes = list(implementations([method(name).name for name in methods], implementation))
+    model, as it is asked for. Raises `InputError` for wishes that no case can have."""
+    names = [method(name).name for name in wishes.methods]
+    codes = list(implementations(names, wishes.implementation))
     if not codes:
-        names = sorted({c.name for m in METHODS.values() for c in m.implementations})
-        raise unknown("implementation", str(implementation), names)
-    if workload not in (None, *WORKLOADS):
-        raise unknown("workload", workload, WORKLOADS)
-    common = {"device": device_of(device), "layerwise": layerwise}
-    passes = {**common, "batch_size": batch_size, "seq_len": seq_len}
-    found = []
-    if workload in (None, OPTIMIZER):
-        for name, fmt in steps(model, recipe):
-            found += [Case(name, m, code, OPTIMIZER, fmt, common, hyperparameters(m, rank)) for m, code in codes]
-    if workload in (None, TRAIN):
-        named = workload == TRAIN or bool(methods) or implementation is not None
-        for m, code in codes:
-            if not named and METHODS[m].implementations[0].name != code:
-                continue  # its forward and backward are those of the method's first implementation
-            both = model is None and (named or m in CHECKPOINTED)
-            for checkpointing in (False, True) if both else (gradient_checkpointing,):
-                options = {**passes, "gradient_checkpointing": checkpointing}
-                found.append(Case(model or WHOLE, m, code, TRAIN, recipe or "fp32", options, hyperparameters(m, rank)))
+        known = sorted({c.name for m in METHODS.values() for c in m.implementations})
+        raise unknown("implementation", str(wishes.implementation), known)
+    if wishes.workload not in (None, *WORKLOADS):
+        raise unknown("workload", wishes.workload, WORKLOADS)
+    found: list[Case] = []
+    if wishes.workload in (None, OPTIMIZER):
+        found += [case for name, fmt in steps(wishes) for case in optimizers(wishes, device, codes, name, fmt)]
+    if wishes.workload in (None, TRAIN):
+        found += trainings(wishes, device, codes)
+    if wishes == Wishes():
+        found += variations(device)
+    for case in found[:1] + found[-1:]:  # what is wrong with one is said before any runs
+        setup, told = case.setup(), wishes.hyperparameters
+        check(model_of(case.model), setup, names, "implementation", wishes.targets, told)
     return found
 
 
-def steps(model: str | None, recipe: str | None) -> tuple[tuple[str, str], ...]:
+def steps(wishes: Wishes) -> list[tuple[str, str]]:
     """Models and formats of the optimizers' steps."""
-    if recipe is None:
-        return STEPS if model is None else tuple((model, fmt) for _, fmt in STEPS)
-    return tuple((name, recipe) for name in ([name for name, _ in STEPS] if model is None else [model]))
+    names = SHAPES if wishes.model is None else (wishes.model,)
+    return [(name, fmt) for name in names for fmt in (FORMATS if wishes.recipe is None else (wishes.recipe,))]
+
+
+def optimizers(wishes: Wishes, device: str, codes: Sequence[tuple[str, str]], model: str, fmt: str) -> Iterator[Case]:
+    """Steps on random gradients."""
+    options = {"device": device, **{k: v for k, v in wishes.options.items() if k in ALONE}}
+    for m, code in codes:
+        hyper = hyperparameters(m, wishes.hyperparameters)
+        yield Case(model, m, code, OPTIMIZER, fmt, options, hyper, wishes.targets)
+
+
+def trainings(wishes: Wishes, device: str, codes: Sequence[tuple[str, str]]) -> Iterator[Case]:
+    """Whole training steps."""
+    model, fmt, given = wishes.model or WHOLE, wishes.recipe or "fp32", wishes.options
+    for m, code in codes:
+        if not wishes.narrowed and METHODS[m].implementations[0].name != code:
+            continue  # its forward and backward are those of the method's first implementation
+        both = wishes.model is None and "gradient_checkpointing" not in given
+        both = both and (wishes.narrowed or m in CHECKPOINTED)
+        for checkpointing in (False, True) if both else (given.get("gradient_checkpointing", False),):
+            options = {"device": device, **PASSES, **given, "gradient_checkpointing": checkpointing}
+            hyper = hyperparameters(m, wishes.hyperparameters)
+            yield Case(model, m, code, TRAIN, fmt, options, hyper, wishes.targets)
+
+
+def variations(device: str) -> Iterator[Case]:
+    """Whole training steps of some methods in every way that there is, and of other models."""
+    for m in VARIED:
+        made, hyper = METHODS[m].implementations[0].name, hyperparameters(m)
+        for fmt, options in WAYS:
+            yield Case(WHOLE, m, made, TRAIN, fmt, {"device": device, **PASSES, **options}, hyper)
+        for model in OTHERS:
+            yield Case(model, m, made, TRAIN, "fp32", {"device": device, **PASSES}, hyper)
 
 
 def device_of(name: str) -> str:

@@ -33,8 +33,9 @@ def ledger_name(name: str) -> str:
     return name
 
 
-def transformers_model(work: Work) -> torch.nn.Module:
-    """The model of a spec, as transformers builds it from the same config. Raises `Unsupported` for shapes alone."""
+def transformers_model(work: Work, device: torch.device) -> torch.nn.Module:
+    """The model of a spec on a device, as transformers builds it from the same config. Raises `Unsupported` for shapes
+    alone. It is made in host memory and moved; on `meta`, where moving would untie weights, it is made there."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
@@ -59,12 +60,13 @@ def transformers_model(work: Work) -> torch.nn.Module:
     if kind is None:
         raise Unsupported(f"{head} has no loss that is verified here")
     attention = ATTENTION.get(setup.attention, setup.attention)
-    model: torch.nn.Module = kind.from_config(config, attn_implementation=attention)
+    with device if device.type == "meta" else nullcontext():
+        model: torch.nn.Module = kind.from_config(config, attn_implementation=attention)
     model = model.to(getattr(torch, setup.recipe.weights.name)).train()
     model.config.use_cache = False  # type: ignore[union-attr]  # a transformers model
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers model
-    return model
+    return model.to(device)
 
 
 def members_of(model: torch.nn.Module, work: Work) -> list[Member]:

@@ -80,6 +80,13 @@ def reverse_needs_room(work: Work) -> str | None:
     return f"galore-torch 1.0 cannot project back with reverse_std where the rank ({work.job.rank}) reaches a side"
 
 
+def misread_by_050(work: Work) -> str | None:
+    """Older releases of bitsandbytes understand galore-torch."""
+    if package_version("bitsandbytes") < (0, 50):
+        return "bitsandbytes before 0.50 reads its arguments as they are meant; use the galore-torch implementation"
+    return reverse_needs_room(work)
+
+
 def whole_groups_only(work: Work) -> str | None:
     """q-galore-torch views codes, and the values of a projector, as rows of 256."""
     for row in work.model.parameters():
@@ -149,11 +156,16 @@ class Merging:
 def galore_torch_8bit(request: Request) -> Any:
     """It passes arguments by position to bitsandbytes, which dropped two in 0.50: 100 for `percentile_clipping` became
     `max_unorm`, and True for `block_wise` `skip_zeros`. Both are set to what they were in 0.49."""
-    low = {"rank": request.told["rank"], "update_proj_gap": GAP, "scale": 0.25, "proj_type": request.told["proj_type"]}
-    optimizer = load("galore_torch.GaLoreAdamW8bit")(request.groups(low), lr=LR)
+    optimizer = galore_torch_8bit_as_is(request)
     if not hasattr(optimizer.args, "percentile_clipping"):
         optimizer.args.max_unorm, optimizer.args.skip_zeros = 0.0, False
     return optimizer
+
+
+def galore_torch_8bit_as_is(request: Request) -> Any:
+    """As its users have it with bitsandbytes 0.50 and later."""
+    low = {"rank": request.told["rank"], "update_proj_gap": GAP, "scale": 0.25, "proj_type": request.told["proj_type"]}
+    return load("galore_torch.GaLoreAdamW8bit")(request.groups(low), lr=LR)
 
 
 def flora_package(request: Request) -> Any:
@@ -300,6 +312,10 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ("galore-8bit", "galore-torch"): Builder(
         galore_torch_8bit, ("galore_torch", "bitsandbytes"), around=without_synchronize, refuses=reverse_needs_room,
         on_cpu=(PATCHED,), remarks=(MISREAD,) if package_version("bitsandbytes") >= (0, 50) else (),
+    ),
+    ("galore-8bit", "galore-torch-bnb-0.50"): Builder(
+        galore_torch_8bit_as_is, ("galore_torch", "bitsandbytes"), around=without_synchronize, on_cpu=(PATCHED,),
+        refuses=misread_by_050,
     ),
     ("galore-adafactor", "galore-mem"): ours("GaLoreAdafactor"),
     ("galore-adafactor", "galore-torch"): projected(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from galore_mem.estimator import Case as Estimated
 from galore_mem.estimator import budget, check, given_for
 from galore_mem.ledger import Entry, ledger
 from galore_mem.memory.network import Layout, place
-from galore_mem.memory.phases import Work, stepping
+from galore_mem.memory.phases import CUBLAS_WORKSPACES, Work, cublas_workspace, stepping
 from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE
 from galore_mem.methods.base import Slot, Slots
 from galore_mem.methods.registry import method
@@ -24,18 +25,21 @@ class Prediction(NamedTuple):
     entries: tuple[Entry, ...]
 
 
-def predict(case: Case) -> Prediction:
-    """The estimate of a case. Raises `InputError` for what cannot be estimated."""
+def predict(case: Case, capability: tuple[int, int] | None = None) -> Prediction:
+    """The estimate of a case, on a card of this compute capability. Raises `InputError` for what cannot be
+    estimated."""
     spec, found = model_of(case.model), method(case.method)
     code, given = found.implementation(case.implementation), given_for(found, case.hyperparameters)
-    check(spec, case.setup(), (case.method,), "implementation", case.targets, case.hyperparameters)
-    asked = Estimated(spec, case.setup(), found, code, case.targets, given)
+    setup = replace(case.setup(), compute_capability=capability)
+    check(spec, setup, (case.method,), "implementation", case.targets, case.hyperparameters)
+    asked = Estimated(spec, setup, found, code, case.targets, given)
     work = asked.work()
     if case.workload == TRAIN:
         made = budget(asked)
-        phases = _measurable({p.name: p.allocated_bytes for p in made.phases})
-        sizes = Sizes(made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes, phases)
-        return Prediction(work, sizes, made.entries)
+        kept = CUBLAS_WORKSPACES * cublas_workspace(setup) if setup.device == "cuda" else None
+        phases = _measurable({p.name: p.allocated_bytes - (kept or 0) for p in made.phases})
+        stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
+        return Prediction(work, Sizes(*stays, phases, workspaces_bytes=kept), made.entries)
     entries = tuple(ledger(work.model, work.code, work.job, work.targets))
     sums = dict.fromkeys(("weights", "gradients", "optimizer_state"), 0)
     for e in entries:

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from galore_mem.errors import InputError
-from galore_mem.verify.case import STATUSES, BufferPair, Case, Outcome, Sizes
-
-SCHEMA = "galore-mem.verify-record/1"
-
-
-def dump(outcome: Outcome) -> str:
-    """One line."""
-    found = {"schema": SCHEMA, "environment": dict(outcome.environment), **outcome.to_json()}
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
-
-
-def load(given: Mapping[str, Any]) -> Outcome:
-    """The outcome that `dump` (or the worker) wrote. Raises `InputError` for anything else."""
-    try:
-        named = ("model", "method", "implementation", "workload", "recipe", "options", "hyperparameters", "targets")
-        case = Case.from_json({name: given[name] for name in named})
-        if given["status"] not in STATUSES:
-            raise InputError(f"unknown status {given['status']!r}")
-        sizes = [None if given.get(key) is None else Sizes.from_json(given[key]) for key in ("predicted", "measured")]
-        buffers = tuple(BufferPair(**{**b, "shape": tuple(b["shape"])}) for b in given.get("buffers", ()))
-        return Outcome(
-            case, given["status"], given["detail"], sizes[0], sizes[1], buffers,
-            given.get("environment", {}), given.get("seconds", 0.0),
-        )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"this is no outcome of galore-mem verify: {error}") from None
+from galore_mem.verify.case import Outcome
+from galore_mem.verify.line import dump, load
 
 
 class Record:
@@ -59,11 +34,8 @@ class Record:
 
     def _line(self, number: int, line: str) -> Outcome:
         try:
-            given = json.loads(line)
-            if not isinstance(given, dict) or given.get("schema") != SCHEMA:
-                raise InputError(f"its schema is not {SCHEMA}")
-            return load(given)
-        except (json.JSONDecodeError, RecursionError, InputError) as error:
+            return load(line)
+        except InputError as error:
             raise InputError(f"{self.path}, line {number}: {error}") from None
 
     def append(self, outcome: Outcome) -> None:
@@ -83,6 +55,11 @@ class Record:
                     raise
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from None
+
+
+def latest(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """The last outcome of each case: one that was resumed has those before in the record too."""
+    return list({o.case.key: o for o in outcomes}.values())
 
 
 def _drop_cut_line(file: Any) -> None:

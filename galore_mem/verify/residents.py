@@ -38,9 +38,9 @@ def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
 
 
 def storage(t: Tensor) -> tuple[int, int]:
-    """What tells a storage from others, and its bytes."""
+    """What tells a storage from others (one without memory, on `meta`, its object), and its bytes."""
     kept = t.untyped_storage()
-    return kept.data_ptr(), kept.nbytes()
+    return kept.data_ptr() or kept._cdata, kept.nbytes()
 
 
 def total(found: Iterable[Tensor], device: torch.device, known: set[int] | None = None) -> int:

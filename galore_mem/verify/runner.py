@@ -1,69 +1,111 @@
-"""Runs cases, each in a process of its own: what one leaves behind, or how it dies, does not reach the next.
-
-No torch in here.
-"""
+"""Runs cases, each in a process of its own, and judges what came out. No torch in here."""
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from queue import SimpleQueue
+from threading import Event, Lock
 
 from galore_mem.errors import InputError
-from galore_mem.verify.case import RESIDENTS, Case, Outcome
-from galore_mem.verify.record import Record, load
+from galore_mem.verify.builders import Unsupported, builder, without
+from galore_mem.verify.case import RESIDENTS, BufferPair, Case, Outcome
+from galore_mem.verify.line import load
+from galore_mem.verify.processes import Ended, Fresh, Starter
+from galore_mem.verify.record import Record
 
 TIMEOUT = 1800.0  # seconds for one case
 TOLERANCE = 0.02  # of a phase's peak
-WORKER = (sys.executable, "-m", "galore_mem.verify.worker")
 
 
 def run(
-    cases: Iterable[Case],
+    cases: Sequence[Case],
     *,
     record: Record | None = None,
     resume: bool = False,
     tolerance: float = TOLERANCE,
     timeout: float = TIMEOUT,
-    worker: tuple[str, ...] = WORKER,
+    starters: Sequence[Starter] = (),
     begun: Callable[[Case], None] = lambda case: None,
-) -> Iterator[Outcome]:
-    """The outcome of each case, in order, written to the record before it is given out. With `resume`, cases that the
-    record has (and that did not fail) are not run again."""
-    known = {}
+) -> Generator[Outcome, None, None]:
+    """The outcome of each case as it comes, in the record before it is given out. As many run at a time as there are
+    `starters` (default: one). With `resume`, cases that the record has (and that did not fail) are not run again.
+
+    However the iteration ends, no process is left."""
+    known: dict[str, Outcome] = {}
     if resume and record is not None and record.path.exists():
         known = {o.case.key: o for o in record.read() if o.status not in ("failed", "oom")}
-    for case in cases:
-        if case.key in known:
-            yield judged(known[case.key], tolerance)
-            continue
+    yield from (judged(known[case.key], tolerance) for case in cases if case.key in known)
+    all_starters = starters or (Fresh(),)
+    idle: SimpleQueue[Starter] = SimpleQueue()
+    for one in all_starters:
+        idle.put(one)
+    writing, ending = Lock(), Event()
+
+    def work(case: Case) -> Outcome:
         begun(case)
-        outcome = run_one(case, timeout, worker)
+        outcome = lacking(case)
+        if outcome is None:
+            start = idle.get()
+            try:
+                outcome = run_one(case, timeout, start)
+            finally:
+                idle.put(start)
+        if ending.is_set():  # it did not end by itself
+            raise CancelledError
         if record is not None:
-            record.append(outcome)
-        yield judged(outcome, tolerance)
+            with writing:
+                record.append(outcome)
+        return judged(outcome, tolerance)
+
+    with ThreadPoolExecutor(len(all_starters)) as pool:
+        waiting: set[Future[Outcome]] = {pool.submit(work, case) for case in cases if case.key not in known}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in sorted(done, key=failed):  # what came out well is given out first
+                    yield future.result()
+        finally:
+            ending.set()
+            for future in waiting:
+                future.cancel()
+            for one in all_starters:
+                one.stop()
 
 
-def run_one(case: Case, timeout: float = TIMEOUT, worker: tuple[str, ...] = WORKER) -> Outcome:
+def failed(future: Future[Outcome]) -> bool:
+    return future.exception() is not None
+
+
+def lacking(case: Case) -> Outcome | None:
+    """What can be said of a case without a process: that its packages are not installed, or that nothing builds it."""
+    try:
+        gone = builder(case.method, case.implementation).missing()
+    except Unsupported as error:
+        return Outcome(case, "unsupported", str(error))
+    return Outcome(case, "unsupported", without(gone)) if gone else None
+
+
+def run_one(case: Case, timeout: float = TIMEOUT, start: Starter | None = None) -> Outcome:
     """One case in a process of its own. However that ends, there is an outcome."""
-    try:
-        done = subprocess.run(
-            worker, input=json.dumps(case.to_json()), capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
+    ended = (start or Fresh()).run(json.dumps(case.to_json()), timeout)
+    if ended.late:
         return Outcome(case, "failed", f"no result within {timeout:g} seconds", seconds=timeout)
-    if done.returncode < 0:
-        return _killed(case, -done.returncode)
+    if ended.code < 0:
+        return _killed(case, -ended.code)
     try:
-        if done.returncode == 0:
-            return load(json.loads(done.stdout))
-    except (json.JSONDecodeError, InputError):
+        if ended.code == 0:
+            return load(ended.out.rstrip().rpartition("\n")[2])  # libraries may have spoken before
+    except InputError:
         pass
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return Outcome(case, "failed", f"its process ended with code {done.returncode}: {last[:300]}")
+    return Outcome(case, "failed", f"its process ended with code {ended.code}: {last_line(ended)}")
+
+
+def last_line(ended: Ended) -> str:
+    return (ended.err.strip().splitlines() or ["it said nothing"])[-1][:300]
 
 
 def _killed(case: Case, number: int) -> Outcome:
@@ -84,13 +126,20 @@ def judged(outcome: Outcome, tolerance: float) -> Outcome:
     return replace(outcome, status="ok", detail=outcome.detail if outcome.status == "ok" else "")
 
 
+def different(b: BufferPair) -> str:
+    if b.measured_bytes is None:
+        return f"{b.buffer} is missing, predicted {b.predicted_bytes:,} bytes"
+    said = "not predicted" if b.predicted_bytes is None else f"predicted {b.predicted_bytes:,}"
+    return f"{b.buffer} has {b.measured_bytes:,} bytes, {said}"
+
+
 def _differences(outcome: Outcome, tolerance: float) -> Iterator[str]:
     predicted, measured = outcome.predicted, outcome.measured
     assert predicted is not None
     assert measured is not None
     for b in outcome.buffers:
         if not b.equal:
-            yield f"{b.param}: {b.buffer} has {b.measured_bytes} bytes, predicted {b.predicted_bytes}"
+            yield f"{b.param}: {different(b)}"
     for name in RESIDENTS:
         p, m = getattr(predicted, name), getattr(measured, name)
         if p != m:

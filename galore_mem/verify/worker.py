@@ -1,69 +1,97 @@
-"""Runs one case in this process: `python -m galore_mem.verify.worker < case.json > outcome.json`.
+"""Runs one case in this process: `python -m galore_mem.verify.worker [--snapshot DIR] < case.json > outcome.json`.
 
 The runner starts one for each case, so that nothing of one case reaches the next.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from galore_mem.errors import InputError
 from galore_mem.verify.case import OPTIMIZER, BufferPair, Case, Outcome, Sizes
+from galore_mem.verify.environment import card, environment
+from galore_mem.verify.line import dump
 from galore_mem.verify.predict import Prediction, predict
+from galore_mem.verify.snapshot import Recorded, check, file_name
 
-SEEN = ("torch", "transformers", "bitsandbytes", "peft", "torchao", "galore-torch", "pytorch-optimizer", "adam-mini")
+if TYPE_CHECKING:
+    from galore_mem.verify.meters import Meter
+
+# how torch's CPU allocator, the CUDA runtime and its libraries say so, where it is no OutOfMemoryError
+EXHAUSTED = ("not enough memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
-def run(case: Case) -> Outcome:
-    """Predicts and measures a case; whatever goes wrong becomes its status."""
+def run(case: Case, snapshots: Path | None = None) -> Outcome:
+    """Predicts and measures a case; whatever goes wrong becomes its status. With `snapshots`, the history of CUDA's
+    allocator is written into that folder."""
     start = time.perf_counter()
+    here = environment(case.device)
+    said, recorded = None, None
     try:
-        said = predict(case)
-        outcome = measure(case, said)
+        here |= card() if case.device == "cuda" else {}
+        said = predict(case, here.get("compute_capability"))
+        meter = meter_of(case)
+        if snapshots is not None:
+            meter = recorded = Recorded(meter, check(snapshots, case.device) / file_name(case))
+        outcome = measure(case, said, meter)
     except InputError as error:
         outcome = Outcome(case, "unsupported", str(error))
     except MemoryError as error:
         outcome = Outcome(case, "oom", f"out of memory: {_line(error)}")
     except Exception as error:  # a case's failure is its result
         outcome = _outcome_of(case, error)
-    return replace(outcome, environment=environment(case.device), seconds=time.perf_counter() - start)
+    if outcome.status == "oom" and said is not None:
+        outcome = replace(outcome, predicted=said.sizes)
+    if recorded is not None:
+        here |= {"snapshot": recorded.told}
+    return replace(outcome, environment=here, seconds=time.perf_counter() - start)
 
 
-def measure(case: Case, said: Prediction) -> Outcome:
+def meter_of(case: Case) -> Meter:
+    from galore_mem.verify.meters import METERS
+
+    return METERS[case.device]()
+
+
+def measure(case: Case, said: Prediction, meter: Meter) -> Outcome:
     """The case's real run beside its prediction."""
     import torch
 
     from galore_mem.verify.builders import builder
     from galore_mem.verify.kernels import REMARK, chosen_kernels, large
-    from galore_mem.verify.meters import METERS
     from galore_mem.verify.workloads import BETWEEN, WARM, run_optimizer, run_train
 
     row = builder(case.method, case.implementation)
     row.check(case.workload, said.work)
     device = torch.device(case.device)
     torch.manual_seed(0)
-    with METERS[case.device]() as meter, chosen_kernels(said.work), row.around():
+    with meter, chosen_kernels(said.work), row.around():
         workload = run_optimizer if case.workload == OPTIMIZER else run_train
         found = workload(said.work, row, device, meter)
     not_compared = row.left_out(case.workload, said.work, said.sizes.phases)
     left_out = {WARM, BETWEEN, *not_compared}
     peaks = {name: peak for name, peak in meter.peaks().items() if name not in left_out}
     expected = replace(said.sizes, phases={name: n for name, n in said.sizes.phases.items() if name not in left_out})
+    kept = meter.workspaces or 0
+    used = [peak.device_used for peak in meter.peaks().values() if peak.device_used is not None]
     sizes = Sizes(
         found.weights,
         found.gradients,
         found.optimizer_state,
-        {name: peak.allocated for name, peak in peaks.items()},
+        {name: peak.allocated - kept for name, peak in peaks.items()},
         {name: peak.reserved for name, peak in peaks.items() if peak.reserved is not None},
+        {name: peak.requested - kept for name, peak in peaks.items() if peak.requested is not None},
+        meter.workspaces,
+        max(used, default=None),
     )
     told = "; ".join(filter(None, (row.told(said.work, not_compared), REMARK if large(said.work) else "")))
     return Outcome(case, "ok", told, expected, sizes, tuple(pairs(said, found.buffers)))
@@ -89,44 +117,43 @@ def pairs(said: Prediction, found: dict[tuple[str, str], Any]) -> Iterator[Buffe
             yield BufferPair(name, buffer, tuple(t.shape), fmt, None, t.untyped_storage().nbytes())
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where a case ran: device, versions, allocator settings."""
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(), "device": device}
-    for package in SEEN:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if name in os.environ:
-            found[name] = os.environ[name]
-    if device == "cuda":
-        import torch
-
-        found["gpu"] = torch.cuda.get_device_name()
-        found["capacity_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    return found
-
-
 def _outcome_of(case: Case, error: Exception) -> Outcome:
     from galore_mem.verify.builders import Unsupported
 
     if isinstance(error, Unsupported):
         return Outcome(case, "unsupported", str(error))
-    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+    if type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in EXHAUSTED):
         return Outcome(case, "oom", _line(error))
     return Outcome(case, "failed", f"{type(error).__name__}: {_line(error)}")
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+    """The message without the advice that ends CUDA's."""
+    return " ".join(str(error).split()).partition(" If reserved but unallocated memory is large")[0][:400]
+
+
+@contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """What was stdout, for the outcome alone: what others print, libraries in C too, goes to stderr."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr), os.fdopen(kept, "w", encoding="utf-8", closefd=False) as out:
+            yield out
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(prog="galore_mem.verify.worker")
+    options.add_argument("--snapshot", type=Path, help="a folder for the history of CUDA's allocator")
+    given = options.parse_args()
     case = Case.from_json(json.load(sys.stdin))
-    with redirect_stdout(sys.stderr):  # the outcome is all that stdout carries
-        outcome = run(case)
-    json.dump({**outcome.to_json(), "environment": outcome.environment}, sys.stdout)
+    if case.device == "cuda":  # adam-mini wants a process for each card that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    with own_stdout() as out:
+        print(dump(run(case, given.snapshot)), file=out)
 
 
 if __name__ == "__main__":

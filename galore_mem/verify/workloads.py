@@ -6,9 +6,10 @@ Both run one step that makes the state, a plain one and one that renews projecto
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from galore_mem.dtypes import DType
 from galore_mem.memory.phases import Work
 from galore_mem.methods.base import Stored, Trained
+from galore_mem.setup import Setup
 from galore_mem.verify.builders import Builder, Member, Request, Unsupported
 from galore_mem.verify.meters import Meter
 from galore_mem.verify.models import autocast, batch, members_of, transformers_model
@@ -105,7 +107,7 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
     beside = [m.p for m in members if not m.p.requires_grad]
     if beside and work.setup.layerwise:
         raise Unsupported("its gradients are not autograd's: there is no backward pass that could step")
-    largest = Largest(members)
+    largest = Largest(members, device)
     stepper = Stepper(work, builder, Request(members, work, None))
 
     def passes() -> None:
@@ -118,7 +120,7 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
         if work.setup.layerwise:
             meter.enter(phase)
         passes()
-        largest.together(device)
+        largest.together()
         if not work.setup.layerwise:
             meter.enter(phase)
         stepper.step()
@@ -130,39 +132,66 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
 # -- real models ---------------------------------------------------------------------------------------
 
 
-def run_train(work: Work, builder: Builder, device: torch.device, meter: Meter) -> Measured:
+def run_train(work: Work, builder: Builder, device: torch.device, meter: Marks) -> Measured:
     """Forward, backward and step of the transformers model with random weights."""
     meter.enter(WARM)
-    model = transformers_model(work).to(device)
+    model = transformers_model(work, device)
     if builder.prepare is not None:
         model = builder.prepare(model, work)
     members = members_of(model, work)
-    largest = Largest(members)
+    largest = Largest(members, device)
     stepper = Stepper(work, builder, Request(members, work, model))
-    inputs = batch(work, device)
-    context = autocast(work, device)
+    train(model, batch(work, device), stepper, meter, work.setup, autocast(work, device), largest.together)
+    return stepper.measured(model.parameters(), largest.nbytes, device)
+
+
+class Marks(Protocol):
+    """What is told where phases begin: a meter."""
+
+    def enter(self, phase: str) -> None: ...
+
+
+class Stepping(Protocol):
+    """What steps: the phase of each step, the step, and what follows it."""
+
+    def phases(self) -> Iterator[str]: ...
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+def train(
+    model: Any,
+    inputs: Callable[[], Mapping[str, Any]],
+    stepper: Stepping,
+    meter: Marks,
+    setup: Setup,
+    context: Callable[[], AbstractContextManager[Any]],
+    after_backward: Callable[[], None] = lambda: None,
+) -> None:
+    """The training loop. The collector, which would free what reference counts do not, rests."""
     gc.collect()
     gc.disable()
     try:
         for phase in stepper.phases():
             plain = phase == "step"
-            for micro in range(work.setup.gradient_accumulation):
+            for micro in range(setup.gradient_accumulation):
                 del micro
                 meter.enter("forward" if plain else WARM)
                 with context():
                     loss = model(**inputs()).loss
-                backward = "refresh" if phase == "refresh" and work.setup.layerwise else "backward"
+                backward = "refresh" if phase == "refresh" and setup.layerwise else "backward"
                 meter.enter(backward if plain or backward == "refresh" else WARM)
                 loss.backward()
                 del loss
-            largest.together(device)
-            meter.enter(BETWEEN if work.setup.layerwise else phase)
+            after_backward()
+            meter.enter(BETWEEN if setup.layerwise else phase)
             stepper.step()
             meter.enter(BETWEEN)
             stepper.zero_grad()
     finally:
         gc.enable()
-    return stepper.measured(model.parameters(), largest.nbytes, device)
 
 
 # -- both ----------------------------------------------------------------------------------------------
@@ -171,8 +200,9 @@ def run_train(work: Work, builder: Builder, device: torch.device, meter: Meter) 
 class Largest:
     """Bytes of gradients at their fullest: all together after a backward pass, or the largest that was seen alone."""
 
-    def __init__(self, members: Iterable[Member]) -> None:
+    def __init__(self, members: Iterable[Member], device: torch.device) -> None:
         self.nbytes = 0
+        self._device = device
         self._members = list(members)
         for member in self._members:  # before the optimizer's own hooks, which free them
             if not member.p.requires_grad:
@@ -183,10 +213,10 @@ class Largest:
         assert p.grad is not None
         self.nbytes = max(self.nbytes, p.grad.untyped_storage().nbytes())
 
-    def together(self, device: torch.device) -> None:
+    def together(self) -> None:
         """To be called after a backward pass."""
         alive = (gradient(m.p) for m in self._members)
-        self.nbytes = max(self.nbytes, total((g for g in alive if g is not None), device))
+        self.nbytes = max(self.nbytes, total((g for g in alive if g is not None), self._device))
 
 
 def gradient(p: Any) -> Tensor | None:

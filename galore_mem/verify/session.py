@@ -1,0 +1,119 @@
+"""A run of `galore-mem verify` from what was asked to the outcomes, with its progress on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from galore_mem.errors import InputError
+from galore_mem.verify.case import Case, Outcome
+from galore_mem.verify.fitting import fitting
+from galore_mem.verify.kernels import LARGE
+from galore_mem.verify.matrix import Wishes, chosen, device_of, model_of
+from galore_mem.verify.processes import starter
+from galore_mem.verify.record import Record
+from galore_mem.verify.runner import run
+
+AT_A_TIME = 2  # small cases on the CPU, where nobody says
+
+
+class Session:
+    """The cases of some wishes on a device. Ctrl-C ends `run` with what there is until then."""
+
+    def __init__(
+        self, wishes: Wishes, device: str, record: Path | None, *, resume: bool, tolerance: float, timeout: float,
+        snapshot: Path | None,
+    ) -> None:  # fmt: skip
+        self.device = device_of(device)
+        self.cases = cases(wishes, self.device)
+        self.record = None if record is None else Record(record)
+        self.resume, self.tolerance, self.timeout = resume, tolerance, timeout
+        self.arguments = () if snapshot is None else ("--snapshot", str(folder(snapshot, self.device)))
+        self.interrupted = False
+
+    def run(self, jobs: int | None = None) -> list[Outcome]:
+        """The outcomes, in the order of the cases. `jobs`: how many run at a time."""
+        many = jobs or at_a_time(self.cases, self.device)
+        found: dict[str, Outcome] = {}
+        with progress(len(self.cases)) as (begun, ended):
+            outcomes = run(
+                self.cases, record=self.record, resume=self.resume, tolerance=self.tolerance, timeout=self.timeout,
+                starters=[starter(self.device, self.arguments) for _ in range(many)], begun=begun,
+            )  # fmt: skip
+            try:
+                for outcome in outcomes:
+                    found[outcome.case.key] = outcome
+                    ended(outcome)
+            except KeyboardInterrupt:
+                self.interrupted = True
+            finally:
+                outcomes.close()
+        if self.interrupted:
+            print(f"interrupted: {len(found)} of {len(self.cases)} cases ended; {self._later()}", file=sys.stderr)
+        return [found[case.key] for case in self.cases if case.key in found]
+
+    def _later(self) -> str:
+        if self.record is None:
+            return "with --record FILE a later run could go on from here with --resume"
+        return f"the same command with --resume goes on from {self.record.path}"
+
+
+def cases(wishes: Wishes, device: str) -> list[Case]:
+    """What `chosen` says, and on a card, where nothing narrower was asked for, the LLaMA sizes that fit it."""
+    found = chosen(wishes, device)
+    if device == "cuda" and wishes == Wishes():
+        import torch
+
+        found += fitting(torch.cuda.get_device_properties(0).total_memory)
+    return found
+
+
+def at_a_time(found: list[Case], device: str) -> int:
+    """Small cases on the CPU go together; large ones, and those of a card, have the machine for themselves."""
+    if device != "cpu" or any(model_of(name).parameter_count > LARGE for name in {case.model for case in found}):
+        return 1
+    return max(1, min(AT_A_TIME, os.cpu_count() or 1, len(found)))
+
+
+def folder(path: Path, device: str) -> Path:
+    """Where snapshots go, made if it is not there. Raises `InputError` where there can be none."""
+    if device != "cuda":
+        raise InputError("--snapshot records the CUDA allocator's history; this run is on the CPU, leave it out")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path}: {error.strerror or error}") from None
+    return path.resolve()
+
+
+Begun = Callable[[Case], None]
+Done = Callable[[Outcome], None]
+
+
+@contextmanager
+def progress(total: int) -> Iterator[tuple[Begun, Done]]:
+    """Two functions that tell stderr which case begins and how one ended: a bar in a terminal, lines elsewhere."""
+    if not sys.stderr.isatty():
+        count = iter(range(1, total + 1))
+
+        def line(outcome: Outcome) -> None:
+            print(f"[{next(count)}/{total}] {outcome.status} {outcome.case}", file=sys.stderr, flush=True)
+
+        yield lambda case: None, line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def ended(outcome: Outcome) -> None:
+            bar.advance(task)
+            if outcome.status in ("mismatch", "oom", "failed"):
+                bar.console.print(f"{outcome.status} {outcome.case}: {outcome.detail}", markup=False, highlight=False)
+
+        yield lambda case: bar.update(task, description=f"{case.model} {case.method} ({case.implementation})"), ended
