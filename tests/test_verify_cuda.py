@@ -83,8 +83,8 @@ def sizes(outcome: Outcome) -> tuple[Sizes, Sizes]:
 
 
 def off(predicted: Sizes, measured: Sizes) -> dict[str, int]:
-    """Bytes measured above the prediction, by phase."""
-    return {name: m - predicted.phases[name] for name, m in measured.phases.items()}
+    """Bytes measured above the prediction, by phase that has one."""
+    return {name: measured.phases[name] - p for name, p in predicted.phases.items()}
 
 
 # -- optimizers alone --------------------------------------------------------------------------------------

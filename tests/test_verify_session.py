@@ -28,7 +28,7 @@ from galore_mem.verify.line import dump
 from galore_mem.verify.matrix import FORMATS, SHAPES, SMALL, Wishes, chosen, model_of
 from galore_mem.verify.processes import Ended
 from galore_mem.verify.record import Record
-from galore_mem.verify.session import Session, at_a_time, folder
+from galore_mem.verify.session import Session, at_a_time, room
 
 EVERYTHING = chosen(Wishes(), "cpu")
 
@@ -149,13 +149,21 @@ def test_small_cases_on_the_cpu_go_together_and_others_alone(monkeypatch: pytest
     assert at_a_time([small, small], "cpu") == 1
 
 
-def test_snapshots_need_cuda_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leave it out"):
-        folder(tmp_path, "cpu")
-    assert folder(tmp_path / "new", "cuda").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make the folder"):
-        folder(tmp_path / "file", "cuda")
+def test_cases_on_a_card_go_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_card = played(monkeypatch, tmp_path)
+    on_card.device = "cuda"
+    with pytest.raises(InputError, match="one at a time"):
+        on_card.run(jobs=2)
+
+
+def test_the_room_on_a_card_is_asked_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 GiB are free beside its context of 0.5 GiB; a machine without a card says so in one line."""
+    done = subprocess.CompletedProcess([], 0, f"{20 * GIB}\n", "")
+    monkeypatch.setattr(session.subprocess, "run", lambda *_, **__: done)
+    assert room() == 20 * GIB + GIB // 2
+    monkeypatch.setattr(session.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no card"))
+    with pytest.raises(InputError, match="no card"):
+        room()
 
 
 class Played:

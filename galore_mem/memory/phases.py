@@ -36,8 +36,9 @@ PHASES = ("load", "forward", "loss", "backward", "step", "refresh")
 SHALLOW = 2  # layers of the shallower of the two runs
 
 # cuBLAS keeps one workspace per handle; the forward and the autograd thread have one each, for the life of
-# the process (aten/src/ATen/cuda/CublasHandlePool.cpp: 2 x 4096 + 8 x 16 KiB; 32 MiB from Hopper on).
+# the process (aten/src/ATen/cuda/CublasHandlePool.cpp: 2 x 4096 + 8 x 16 KiB; 32 MiB on these major versions).
 CUBLAS_WORKSPACES = 2
+HOPPER_ON = (9, 10, 12)
 CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER = 8_519_680, 33_554_432
 
 
@@ -206,8 +207,8 @@ def _backward(network: Network, loss: Tensor, phase: str) -> None:
 
 def cublas_workspace(setup: Setup) -> int:
     """Bytes of one cuBLAS workspace on the setup's card (a card before Hopper where none is named)."""
-    hopper = setup.compute_capability is not None and setup.compute_capability >= (9, 0)
-    return CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+    card = setup.compute_capability
+    return CUBLAS_WORKSPACE_HOPPER if card is not None and card[0] in HOPPER_ON else CUBLAS_WORKSPACE
 
 
 def _residents(work: Work, tape: Tape) -> list[Storage]:

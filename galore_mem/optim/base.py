@@ -296,7 +296,7 @@ class ParameterWise(torch.optim.Optimizer):
     def _make_ready(self, found: Iterable[Found]) -> None:
         """Clips gradients where that is asked for. Raises `InputError` for the first that cannot be used."""
         clip = None if self.layerwise is None else self.layerwise.clip_value
-        extremes: dict[torch.device, list[tuple[Found, tuple[Tensor, Tensor]]]] = defaultdict(list)
+        checked: dict[torch.device, list[Found]] = defaultdict(list)
         for at in found:
             grad = at.p.grad
             assert grad is not None
@@ -307,13 +307,17 @@ class ParameterWise(torch.optim.Optimizer):
             if clip is not None:
                 grad.clamp_(-clip, clip)
             if (self.error_if_nonfinite or self._needs_finite(at)) and grad.numel():
-                extremes[grad.device].append((at, torch.aminmax(grad)))  # one pass, NaN included, and two scalars
-        for ranges in extremes.values():
-            finite = torch.stack([torch.stack(pair).isfinite() for _, pair in ranges])
+                checked[grad.device].append(at)
+        for device, those in checked.items():
+            finite = torch.empty(len(those), dtype=torch.bool, device=device)  # one tensor, read once
+            for i, at in enumerate(those):
+                assert at.p.grad is not None
+                both = torch.stack(torch.aminmax(at.p.grad))  # one pass, NaN included, and two scalars
+                torch.all(both.isfinite(), out=finite[i])
             if not finite.all():
-                bad = finite.all(dim=1).tolist().index(False)
+                bad = finite.tolist().index(False)
                 left = "nothing was updated" if self.layerwise is None else "its update was left out"
-                raise InputError(f"{ranges[bad][0].name} has a NaN or infinite gradient; {left}")
+                raise InputError(f"{those[bad].name} has a NaN or infinite gradient; {left}")
 
     # -- saving and loading ------------------------------------------------------------------------
 

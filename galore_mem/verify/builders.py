@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from galore_mem.memory.phases import Work
 from galore_mem.methods.base import Trained
+from galore_mem.methods.svd import QR_WORKSPACE, SVD_WORKSPACE
 from galore_mem.verify.case import TRAIN, WORKLOADS
 
 if TYPE_CHECKING:
@@ -134,6 +135,9 @@ class Builder:
         """Phases whose peaks are not compared, with the reason. In a layer-wise update a step is part of the backward
         pass."""
         found = dict(self.not_compared)
+        unknown = [what for what in work.code.not_counted if what in (SVD_WORKSPACE, QR_WORKSPACE)]
+        if unknown and work.setup.device != "cpu":  # LAPACK's is not torch's, or bounded
+            found["refresh"] = unknown[0]
         for phase, (most, why) in self.workspace.items():
             if most(work) > WORKSPACE * expected.get(phase, 0):
                 found[phase] = why

@@ -133,7 +133,8 @@ class BufferPair:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came out of one case. `detail` says why where the status is not `ok`."""
+    """What came out of one case. `detail` says why where the status is not `ok`, and of phases in `not_compared`, which
+    are measured and have no prediction, why not."""
 
     case: Case
     status: str
@@ -143,16 +144,21 @@ class Outcome:
     buffers: tuple[BufferPair, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    not_compared: tuple[str, ...] = ()
 
     def rel_error(self) -> dict[str, Any]:
-        """(predicted - measured) / measured, per resident, phase and peak; None where nothing was measured."""
+        """(predicted - measured) / measured, per resident, phase that has a prediction, and the highest of these; None
+        where nothing was measured."""
         if self.predicted is None or self.measured is None:
             return {}
         p, m = self.predicted, self.measured
-        names = (*RESIDENTS, "peak_allocated_bytes")
-        found: dict[str, Any] = {name: relative(getattr(p, name), getattr(m, name)) for name in names}
-        found["phases"] = {name: relative(p.phases[name], m.phases[name]) for name in m.phases if name in p.phases}
-        return found
+        both = [name for name in m.phases if name in p.phases]
+        highest = (max((phases[name] for name in both), default=0) for phases in (p.phases, m.phases))
+        return {
+            **{name: relative(getattr(p, name), getattr(m, name)) for name in RESIDENTS},
+            "peak_allocated_bytes": relative(*highest),
+            "phases": {name: relative(p.phases[name], m.phases[name]) for name in both},
+        }
 
     def to_json(self, *, buffers: bool = True) -> dict[str, Any]:
         shown = {**self.case.to_json(), "status": self.status, "detail": self.detail}
@@ -163,6 +169,8 @@ class Outcome:
             shown["rel_error"] = self.rel_error()
         if buffers:
             shown["buffers"] = [asdict(b) for b in self.buffers]
+        if self.not_compared:
+            shown["not_compared"] = list(self.not_compared)
         return {**shown, "seconds": round(self.seconds, 3)}
 
 

@@ -75,6 +75,7 @@ class Line(Form):
     rel_error: dict[str, Any] | None = None
     buffers: list[tuple[str, Count | None, Count, str, list[Count], str, Count | None, Count | None]] = []
     environment: dict[str, Any]
+    not_compared: list[str] = []
     seconds: Annotated[StrictFloat | StrictInt, Field(ge=0)]
 
     def outcome(self) -> Outcome:
@@ -91,8 +92,9 @@ class Line(Form):
         sizes = [None if form is None else form.sizes() for form in (self.predicted, self.measured)]
         buffers = tuple(pair for row in self.buffers for pair in unfolded(Row(*row)))
         return Outcome(
-            case, self.status, self.detail, sizes[0], sizes[1], buffers, self.environment, float(self.seconds)
-        )
+            case, self.status, self.detail, sizes[0], sizes[1], buffers, self.environment, float(self.seconds),
+            tuple(self.not_compared),
+        )  # fmt: skip
 
 
 def folded(pairs: Iterable[BufferPair]) -> Iterator[Row]:

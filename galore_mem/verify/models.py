@@ -35,7 +35,8 @@ def ledger_name(name: str) -> str:
 
 def transformers_model(work: Work, device: torch.device) -> torch.nn.Module:
     """The model of a spec on a device, as transformers builds it from the same config. Raises `Unsupported` for shapes
-    alone. It is made in host memory and moved; on `meta`, where moving would untie weights, it is made there."""
+    alone. It is made where and in the format in which it is trained, as `from_pretrained` makes it: buffers that a
+    model keeps in float32 stay so."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
@@ -60,13 +61,14 @@ def transformers_model(work: Work, device: torch.device) -> torch.nn.Module:
     if kind is None:
         raise Unsupported(f"{head} has no loss that is verified here")
     attention = ATTENTION.get(setup.attention, setup.attention)
-    with device if device.type == "meta" else nullcontext():
-        model: torch.nn.Module = kind.from_config(config, attn_implementation=attention)
-    model = model.to(getattr(torch, setup.recipe.weights.name)).train()
+    fmt = getattr(torch, setup.recipe.weights.name)
+    with device:
+        model: torch.nn.Module = kind.from_config(config, dtype=fmt, attn_implementation=attention)
+    model.train()
     model.config.use_cache = False  # type: ignore[union-attr]  # a transformers model
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers model
-    return model.to(device)
+    return model
 
 
 def members_of(model: torch.nn.Module, work: Work) -> list[Member]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from galore_mem.estimator import Case as Estimated
@@ -13,6 +14,7 @@ from galore_mem.memory.phases import CUBLAS_WORKSPACES, Work, cublas_workspace, 
 from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE
 from galore_mem.methods.base import Slot, Slots
 from galore_mem.methods.registry import method
+from galore_mem.setup import TORCH, TRANSFORMERS
 from galore_mem.verify.case import TRAIN, Case, Sizes
 from galore_mem.verify.matrix import model_of
 
@@ -30,7 +32,10 @@ def predict(case: Case, capability: tuple[int, int] | None = None) -> Prediction
     estimated."""
     spec, found = model_of(case.model), method(case.method)
     code, given = found.implementation(case.implementation), given_for(found, case.hyperparameters)
-    setup = replace(case.setup(), compute_capability=capability)
+    setup = replace(
+        case.setup(), compute_capability=capability, torch=modelled("torch", TORCH),
+        transformers=modelled("transformers", TRANSFORMERS),
+    )  # fmt: skip
     check(spec, setup, (case.method,), "implementation", case.targets, case.hyperparameters)
     asked = Estimated(spec, setup, found, code, case.targets, given)
     work = asked.work()
@@ -48,6 +53,19 @@ def predict(case: Case, capability: tuple[int, int] | None = None) -> Prediction
         sums["gradients"] = max(e.nbytes for e in entries if e.kind == "gradients")
     sizes = Sizes(sums["weights"], sums["gradients"], sums["optimizer_state"], _steps(work))
     return Prediction(work, sizes, entries)
+
+
+def modelled(package: str, known: tuple[str, ...]) -> str:
+    """The newest release whose behavior is modelled that is not above the installed one; the oldest if all are."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit()]
+
+    try:
+        here = numbers(version(package))
+    except PackageNotFoundError:
+        return known[-1]
+    return max((one for one in known if numbers(one) <= here), key=numbers, default=known[0])
 
 
 def _measurable(phases: dict[str, int]) -> dict[str, int]:

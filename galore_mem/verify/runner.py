@@ -101,7 +101,9 @@ def run_one(case: Case, timeout: float = TIMEOUT, start: Starter | None = None) 
             return load(ended.out.rstrip().rpartition("\n")[2])  # libraries may have spoken before
     except InputError:
         pass
-    return Outcome(case, "failed", f"its process ended with code {ended.code}: {last_line(ended)}")
+    last = last_line(ended)
+    status = "oom" if "out of memory" in last.lower() else "failed"  # bitsandbytes' kernels end the process
+    return Outcome(case, status, f"its process ended with code {ended.code}: {last}")
 
 
 def last_line(ended: Ended) -> str:
@@ -147,6 +149,8 @@ def _differences(outcome: Outcome, tolerance: float) -> Iterator[str]:
     for name, m in measured.phases.items():
         p = predicted.phases.get(name)
         if p is None:
-            yield f"{name}: measured {m:,}, and there is no prediction"
+            if name not in outcome.not_compared:
+                yield f"{name}: measured {m:,}, and there is no prediction"
         elif abs(p - m) > tolerance * m:
-            yield f"{name}: measured {m:,}, predicted {p:,} ({(p - m) / m:+.2%})"
+            part = f" ({(p - m) / m:+.2%})" if m else ""
+            yield f"{name}: measured {m:,}, predicted {p:,}{part}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from galore_mem.errors import InputError
+from galore_mem.gpus import DEFAULT_CONTEXT
 from galore_mem.verify.case import Case, Outcome
 from galore_mem.verify.fitting import fitting
 from galore_mem.verify.kernels import LARGE
@@ -16,6 +18,7 @@ from galore_mem.verify.matrix import Wishes, chosen, device_of, model_of
 from galore_mem.verify.processes import starter
 from galore_mem.verify.record import Record
 from galore_mem.verify.runner import run
+from galore_mem.verify.snapshot import check
 
 AT_A_TIME = 2  # small cases on the CPU, where nobody says
 
@@ -31,12 +34,14 @@ class Session:
         self.cases = cases(wishes, self.device)
         self.record = None if record is None else Record(record)
         self.resume, self.tolerance, self.timeout = resume, tolerance, timeout
-        self.arguments = () if snapshot is None else ("--snapshot", str(folder(snapshot, self.device)))
+        self.arguments = () if snapshot is None else ("--snapshot", str(check(snapshot, self.device)))
         self.interrupted = False
 
     def run(self, jobs: int | None = None) -> list[Outcome]:
         """The outcomes, in the order of the cases. `jobs`: how many run at a time."""
         many = jobs or at_a_time(self.cases, self.device)
+        if many > 1 and self.device != "cpu":
+            raise InputError(f"--jobs {many}: cases on one card are measured one at a time; leave it out")
         found: dict[str, Outcome] = {}
         with progress(len(self.cases)) as (begun, ended):
             outcomes = run(
@@ -65,10 +70,20 @@ def cases(wishes: Wishes, device: str) -> list[Case]:
     """What `chosen` says, and on a card, where nothing narrower was asked for, the LLaMA sizes that fit it."""
     found = chosen(wishes, device)
     if device == "cuda" and wishes == Wishes():
-        import torch
-
-        found += fitting(torch.cuda.get_device_properties(0).total_memory)
+        found += fitting(room())
     return found
+
+
+def room() -> int:
+    """Bytes of the card that a process could have now, its CUDA context included. Another process asks: the context
+    that asking makes goes with it. Raises `InputError`."""
+    program = "import json; from galore_mem.verify.environment import card; print(json.dumps(card()['free_bytes']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    try:
+        return int(done.stdout.split()[-1]) + DEFAULT_CONTEXT.context
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(f"cannot ask the card how much memory is free: {last[:200]}") from None
 
 
 def at_a_time(found: list[Case], device: str) -> int:
@@ -76,17 +91,6 @@ def at_a_time(found: list[Case], device: str) -> int:
     if device != "cpu" or any(model_of(name).parameter_count > LARGE for name in {case.model for case in found}):
         return 1
     return max(1, min(AT_A_TIME, os.cpu_count() or 1, len(found)))
-
-
-def folder(path: Path, device: str) -> Path:
-    """Where snapshots go, made if it is not there. Raises `InputError` where there can be none."""
-    if device != "cuda":
-        raise InputError("--snapshot records the CUDA allocator's history; this run is on the CPU, leave it out")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path}: {error.strerror or error}") from None
-    return path.resolve()
 
 
 Begun = Callable[[Case], None]

@@ -35,16 +35,17 @@ def run(case: Case, snapshots: Path | None = None) -> Outcome:
     allocator is written into that folder."""
     start = time.perf_counter()
     here = environment(case.device)
-    said, recorded = None, None
+    said, recorded, begun = None, None, False
     try:
         here |= card() if case.device == "cuda" else {}
         said = predict(case, here.get("compute_capability"))
         meter = meter_of(case)
         if snapshots is not None:
             meter = recorded = Recorded(meter, check(snapshots, case.device) / file_name(case))
+        begun = True
         outcome = measure(case, said, meter)
-    except InputError as error:
-        outcome = Outcome(case, "unsupported", str(error))
+    except InputError as error:  # what was asked for cannot be, or an optimizer refused a gradient
+        outcome = Outcome(case, "failed" if begun else "unsupported", str(error))
     except MemoryError as error:
         outcome = Outcome(case, "oom", f"out of memory: {_line(error)}")
     except Exception as error:  # a case's failure is its result
@@ -78,9 +79,8 @@ def measure(case: Case, said: Prediction, meter: Meter) -> Outcome:
         workload = run_optimizer if case.workload == OPTIMIZER else run_train
         found = workload(said.work, row, device, meter)
     not_compared = row.left_out(case.workload, said.work, said.sizes.phases)
-    left_out = {WARM, BETWEEN, *not_compared}
-    peaks = {name: peak for name, peak in meter.peaks().items() if name not in left_out}
-    expected = replace(said.sizes, phases={name: n for name, n in said.sizes.phases.items() if name not in left_out})
+    peaks = {name: peak for name, peak in meter.peaks().items() if name not in (WARM, BETWEEN)}
+    compared = {name: n for name, n in said.sizes.phases.items() if name not in not_compared}
     kept = meter.workspaces or 0
     used = [peak.device_used for peak in meter.peaks().values() if peak.device_used is not None]
     sizes = Sizes(
@@ -94,7 +94,8 @@ def measure(case: Case, said: Prediction, meter: Meter) -> Outcome:
         max(used, default=None),
     )
     told = "; ".join(filter(None, (row.told(said.work, not_compared), REMARK if large(said.work) else "")))
-    return Outcome(case, "ok", told, expected, sizes, tuple(pairs(said, found.buffers)))
+    expected, buffers = replace(said.sizes, phases=compared), tuple(pairs(said, found.buffers))
+    return Outcome(case, "ok", told, expected, sizes, buffers, not_compared=tuple(sorted(not_compared)))
 
 
 def pairs(said: Prediction, found: dict[tuple[str, str], Any]) -> Iterator[BufferPair]:

@@ -39,13 +39,13 @@ class Measured(NamedTuple):
 
 
 class RandomGradient(torch.autograd.Function):
-    """A scalar whose gradient is random: it is made when the backward pass comes to the parameter, and is the only
-    reference to its tensor, as that of a model's layer."""
+    """An empty tensor whose gradient is random: it is made when the backward pass comes to the parameter, and is the
+    only reference to its tensor, as that of a model's layer."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:
         ctx.like = p.shape, p.dtype, p.device
-        return torch.zeros((), device=p.device)
+        return torch.zeros(0, device=p.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -114,7 +114,7 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
         for p in beside:
             p.float_grad = random(p.shape, work.job.recipe.weights, device)  # type: ignore[attr-defined]  # q-galore-torch's name
         losses = [RandomGradient.apply(m.p) for m in members if m.p.requires_grad]  # type: ignore[no-untyped-call]  # torch has no types for it
-        torch.stack(losses).sum().backward()
+        torch.cat(losses).sum().backward()
 
     for phase in stepper.phases():
         if work.setup.layerwise:
