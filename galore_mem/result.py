@@ -16,12 +16,16 @@ ESTIMATE_SCHEMA = "galore-mem.estimate/1"
 class Phase(NamedTuple):
     """The highest moment of one phase; the components sum to `allocated_bytes`.
 
-    `per_layer` is what one more layer would add to each component, where it is known.
+    `per_layer` is what one more layer would add to each component, where it is known. Of a simulated phase more is known:
+    the most that the allocator had `reserved`, and what of the components is `slack`, room in its blocks that no tensor
+    uses.
     """
 
     name: str
     components: Bytes
     per_layer: Bytes | None = None
+    reserved_bytes: int | None = None
+    slack_bytes: int | None = None
 
     @property
     def allocated_bytes(self) -> int:
