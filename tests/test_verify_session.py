@@ -208,6 +208,28 @@ def test_an_interrupt_keeps_what_was_measured(
     assert len(Record(tmp_path / "r.jsonl").read()) == 12
 
 
+def test_a_full_disk_in_the_middle_loses_no_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record takes two of twelve outcomes: these are shown, and one line says why the command ends."""
+    appended = Record.append
+
+    def full(record: Record, outcome: Outcome) -> None:
+        if record.path.exists() and len(record.read()) == 2:
+            raise InputError("cannot write r.jsonl: No space left on device")
+        appended(record, outcome)
+
+    monkeypatch.setattr(Record, "append", full)
+    monkeypatch.setattr(session, "starter", lambda device, arguments: Played())
+    result = CliRunner().invoke(
+        app, ["verify", "--method", "adamw", "--workload", "optimizer", "--device", "cpu", "--jobs", "1", "--record",
+              str(tmp_path / "r.jsonl")],
+    )  # fmt: skip
+    assert "2 cases: 2 ok" in result.stdout
+    assert str(result.exception) == "cannot write r.jsonl: No space left on device"
+    assert len(Record(tmp_path / "r.jsonl").read()) == 2
+
+
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -94,6 +94,8 @@ def command(
     session = Session(wishes, device, record, resume=resume, tolerance=tolerance, timeout=timeout, snapshot=snapshot)
     outcomes = session.run(jobs)
     code = show(outcomes, format, output, buffers=buffers)
+    if session.error is not None:
+        raise session.error
     return 130 if session.interrupted else code
 
 

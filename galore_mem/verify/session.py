@@ -24,7 +24,8 @@ AT_A_TIME = 2  # small cases on the CPU, where nobody says
 
 
 class Session:
-    """The cases of some wishes on a device. Ctrl-C ends `run` with what there is until then."""
+    """The cases of some wishes on a device. Ctrl-C, or a record that cannot be written any more (`error`), ends `run`
+    with what there is until then."""
 
     def __init__(
         self, wishes: Wishes, device: str, record: Path | None, *, resume: bool, tolerance: float, timeout: float,
@@ -36,6 +37,7 @@ class Session:
         self.resume, self.tolerance, self.timeout = resume, tolerance, timeout
         self.arguments = () if snapshot is None else ("--snapshot", str(check(snapshot, self.device)))
         self.interrupted = False
+        self.error: InputError | None = None
 
     def run(self, jobs: int | None = None) -> list[Outcome]:
         """The outcomes, in the order of the cases. `jobs`: how many run at a time."""
@@ -54,6 +56,8 @@ class Session:
                     ended(outcome)
             except KeyboardInterrupt:
                 self.interrupted = True
+            except InputError as error:
+                self.error = error
             finally:
                 outcomes.close()
         if self.interrupted:
