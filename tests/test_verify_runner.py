@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 
@@ -14,6 +17,7 @@ import pytest
 
 import galore_mem.verify.builders as builders
 import galore_mem.verify.matrix as matrix
+import galore_mem.verify.processes as processes
 from galore_mem.errors import InputError
 from galore_mem.verify.case import BufferPair, Case, Outcome, Sizes
 from galore_mem.verify.line import dump, load
@@ -233,9 +237,54 @@ def test_a_foreign_record_is_refused_by_line(text: str, tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "binary"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not text"):
+    path.write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(InputError, match="line 1: not text"):
         Record(path).read()
+
+
+@pytest.mark.parametrize("text", ['{"important": "one line"}', "a\nfile\nof others", "a\nfile\nof others\n", "{}\n"])
+def test_a_file_of_others_is_never_written(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    for attempt in (Record(path).check, lambda: Record(path).append(FINE)):
+        with pytest.raises(InputError, match="stays as it is"):
+            attempt()
+    assert path.read_text() == text
+
+
+def test_a_line_cut_inside_a_character_costs_that_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    name = replace(FINE, case=replace(CASE, model="\u043c"))
+    path.write_text(dump(FINE) + "\n" + dump(name).encode().decode("unicode_escape")[:60] + "\n")
+    path.write_bytes((dump(FINE) + "\n" + dump(FINE)[:40]).encode() + "\u043c".encode()[:1])
+    assert Record(path).read() == [FINE]
+    Record(path).append(name)
+    assert Record(path).read() == [FINE, name]
+
+
+def test_two_runs_can_write_one_record(tmp_path: Path) -> None:
+    """Threads, each with a file of its own as two processes would have: no line is lost or mixed."""
+    path = tmp_path / "runs.jsonl"
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(40):
+            pool.submit(Record(path).append, FINE)
+    assert Record(path).read() == [FINE] * 40
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps({**json.loads(dump(FINE)), "buffers": [["w", 0, 10**10, "m", [5], "float32", 20, 20]]}),
+        dump(FINE).replace('"seconds":0.0', '"seconds":1' + "0" * 5000),
+        dump(FINE).replace('"weights_bytes":100', '"weights_bytes":1' + "0" * 400),
+        dump(FINE).replace('"seconds":0.0', '"seconds":Infinity'),
+        dump(FINE).replace('"environment":{"device":"cpu"}', '"environment":{"x":NaN}'),
+    ],
+)
+def test_hostile_numbers_are_refused(line: str) -> None:
+    assert line != dump(FINE)
+    with pytest.raises(InputError):
+        load(line)
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +360,74 @@ def test_a_case_from_elsewhere_is_refused() -> None:
         Case("m", "adamw", "torch-loop", "sideways")
     with pytest.raises(InputError, match="option"):
         Case("m", "adamw", "torch-loop", options={"speed": 1})
+
+
+def test_a_phase_that_was_lost_is_no_success() -> None:
+    lost = replace(FINE, measured=Sizes(100, 100, 200, {"step": 500}))
+    assert judged(lost, 0.02).detail == "refresh: predicted 600, and not measured"
+    assert judged(replace(lost, not_compared=("refresh",)), 0.02).status == "ok"
+    assert judged(replace(FINE, measured=None), 0.02).status == "failed"
+    assert judged(FINE, float("nan")).status == "mismatch"
+    kept, found = replace(SIZES, workspaces_bytes=17), replace(SIZES, workspaces_bytes=0)
+    assert "workspaces_bytes" in judged(replace(FINE, predicted=kept, measured=found), 0.02).detail
+
+
+def test_a_phase_without_bytes_is_a_mismatch_and_no_division() -> None:
+    nothing = replace(FINE, measured=Sizes(100, 100, 200, {"step": 0, "refresh": 600}))
+    assert judged(nothing, 0.02).detail == "step: measured 0, predicted 500"
+
+
+def test_only_what_was_measured_last_time_is_left_out(tmp_path: Path) -> None:
+    record = Record(tmp_path / "runs.jsonl")
+    for outcome in (FINE, Outcome(CASE, "failed", "later"), Outcome(OTHER, "unsupported", "needs the package x")):
+        record.append(outcome)
+    begun: list[Case] = []
+    list(run([CASE, OTHER], record=record, resume=True, starters=[answering(FINE)], begun=begun.append))
+    assert begun == [CASE, OTHER]
+
+
+def test_what_killed_a_case_leaves_its_prediction() -> None:
+    outcome = run_one(CASE, start=python("import os; os.kill(os.getpid(), 9)"))
+    assert outcome.predicted is not None
+    assert outcome.predicted.weights_bytes > 0
+    assert outcome.environment["device"] == "cpu"
+
+
+def test_a_process_that_cannot_be_started_is_that_cases_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(processes.subprocess, "Popen", none_left)
+    assert run_one(CASE).detail == "no process could be started: Cannot allocate memory"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+def test_nothing_outlives_a_runner_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL to the process that started a case by a fork: the server and the case end."""
+    told = f"open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}')"
+    case = f"import os, time; {told}; time.sleep(60)"
+    program = (
+        f"import sys; from galore_mem.verify.processes import Forked;"
+        f"Forked(command=(sys.executable, '-c', {FORKS!r})).run({case!r}, 60)"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", program])
+    while not written(tmp_path / "pid"):
+        time.sleep(0.05)
+    runner.kill()
+    runner.wait()
+    until = time.monotonic() + 20
+    pids = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
+    while any(alive(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    """Does the process run? (One that has ended and was not waited for does not.)"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 # -- the verdict -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from galore_mem.methods.registry import METHODS
 from galore_mem.setup import recipe
 from galore_mem.units import GIB
 from galore_mem.verify import processes, session
-from galore_mem.verify.case import OPTIMIZER, TRAIN, Case, Outcome
+from galore_mem.verify.case import OPTIMIZER, TRAIN, Case, Outcome, Sizes
 from galore_mem.verify.fitting import SIZES, fitting
 from galore_mem.verify.fitting import fits as estimated_to_fit
 from galore_mem.verify.line import dump
@@ -93,7 +93,7 @@ def test_wishes_narrow_the_cases() -> None:
 @pytest.mark.parametrize(
     ("wishes", "said"),
     [
-        (Wishes(implementation="nobodys"), "unknown implementation 'nobodys'"),
+        (Wishes(implementation="nobodys"), "unknown implementation of any method 'nobodys'"),
         (Wishes(methods=("galor",)), "unknown method 'galor'"),
         (Wishes(workload="sideways"), "unknown workload"),
         (Wishes(recipe="fp7"), "unknown recipe"),
@@ -166,6 +166,9 @@ def test_the_room_on_a_card_is_asked_of_another_process(monkeypatch: pytest.Monk
         room()
 
 
+SIZED = Sizes(1, 1, 2, {"step": 5})
+
+
 class Played:
     """Stands for processes: says that each case is fine, and is interrupted from a given one on."""
 
@@ -177,7 +180,7 @@ class Played:
         self.given += 1
         if self.interrupt is not None and self.given >= self.interrupt:
             raise KeyboardInterrupt
-        return Ended(0, dump(Outcome(Case.from_json(json.loads(given)), "ok")), "")
+        return Ended(0, dump(Outcome(Case.from_json(json.loads(given)), "ok", "", SIZED, SIZED)), "")
 
     def stop(self) -> None:
         return
@@ -286,6 +289,10 @@ def test_ctrl_c_by_a_signal(tmp_path: Path) -> None:
         (["--format", "xml"], "unknown format"),
         (["--batch-size", "0"], "batch"),
         (["--target", "nothing"], "nothing"),
+        (["--record", "/nonexistent/r.jsonl"], "cannot write /nonexistent/r.jsonl"),
+        (["--record", "/dev/full"], "ordinary file"),
+        (["--output", "/nonexistent/o.txt"], "no such folder"),
+        (["report", "r.jsonl"], "--method belongs behind report"),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_runs(

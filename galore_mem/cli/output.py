@@ -21,6 +21,12 @@ def check_format(name: str) -> str:
     return name
 
 
+def check_output(output: Path | None) -> None:
+    """Raises `InputError` where `write` could not work, before what takes long is begun."""
+    if output is not None and not Path(os.path.realpath(output)).parent.is_dir():
+        raise InputError(f"cannot write {output}: there is no such folder")
+
+
 def dump_json(data: Any) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 

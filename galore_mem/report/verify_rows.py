@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 from galore_mem.memory.phases import PHASES
 from galore_mem.methods.registry import METHODS
 from galore_mem.units import ceil_div, format_bytes
-from galore_mem.verify.case import COUNTED, RESIDENTS, STATUSES, TOLD, TRAIN, WORKLOADS, Case, Outcome, Sizes, relative
-
-BAD = ("mismatch", "oom", "failed")  # statuses that want a look
+from galore_mem.verify.case import (
+    COUNTED,
+    RESIDENTS,
+    STATUSES,
+    TOLD,
+    TRAIN,
+    WORKLOADS,
+    Case,
+    Outcome,
+    Sizes,
+    relative,
+)
 
 
 class Quantity(NamedTuple):
@@ -79,7 +88,7 @@ def quantities(o: Outcome) -> Iterator[Quantity]:
 
 
 def peak(o: Outcome) -> Quantity | None:
-    """The highest of the phases' peaks, where any was compared."""
+    """The highest of the phases' peaks: of those that are compared, where there are both sides."""
     found = [*phases(o)]
     if not found:
         return None
@@ -87,7 +96,12 @@ def peak(o: Outcome) -> Quantity | None:
     beside = {
         what: max(q.beside.get(what, 0) for q in found) for what in COUNTED if any(what in q.beside for q in found)
     }
-    return Quantity("peak", _of(o.predicted, name), _of(o.measured, name), beside)
+    both = [q for q in found if q.predicted is not None and q.measured is not None]
+    if o.predicted is None or o.measured is None:
+        return Quantity("peak", _of(o.predicted, name), _of(o.measured, name), beside)
+    if not both:
+        return None
+    return Quantity("peak", max(q.predicted or 0 for q in both), max(q.measured or 0 for q in both), beside)
 
 
 def worst_phase(o: Outcome) -> Quantity | None:

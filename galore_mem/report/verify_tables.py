@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from galore_mem.report.tables import Column, Table
 from galore_mem.report.verify_rows import (
-    BAD,
     Quantity,
     code,
     hyper,
@@ -22,7 +21,7 @@ from galore_mem.report.verify_rows import (
     worst_phase,
 )
 from galore_mem.units import format_bytes
-from galore_mem.verify.case import COUNTED, STATUSES, Outcome
+from galore_mem.verify.case import BAD, COUNTED, STATUSES, Outcome
 from galore_mem.verify.paper import paper_state
 
 COLOURS = {"ok": "green", **dict.fromkeys(BAD, "bold red")}

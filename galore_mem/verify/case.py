@@ -12,6 +12,8 @@ from galore_mem.setup import Setup, recipe
 
 OPTIMIZER, TRAIN = "optimizer", "train"
 WORKLOADS = (OPTIMIZER, TRAIN)
+DONE = ("ok", "mismatch")  # measured
+BAD = ("mismatch", "oom", "failed")  # what makes the answer a no
 STATUSES = ("ok", "mismatch", "oom", "unsupported", "failed")
 RESIDENTS = ("weights_bytes", "gradients_bytes", "optimizer_state_bytes")
 COUNTED, TOLD = ("reserved", "requested"), ("workspaces_bytes", "device_used_bytes")

@@ -19,7 +19,9 @@ from galore_mem.verify.case import BufferPair, Case, Outcome, Sizes
 
 SCHEMA = "galore-mem.verify-record/2"
 
-Count = Annotated[StrictInt, Field(ge=0)]
+MOST = 2**62  # bytes, elements, layers
+LAYERS = 100_000  # that a line may unfold to
+Count = Annotated[StrictInt, Field(ge=0, le=MOST)]
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -39,7 +41,7 @@ class SizesForm(Form):
     reserved: dict[str, Count] = {}
     requested: dict[str, Count] = {}
     workspaces_bytes: Count | None = None
-    device_used_bytes: StrictInt | None = None
+    device_used_bytes: Annotated[StrictInt, Field(ge=-MOST, le=MOST)] | None = None
 
     def sizes(self) -> Sizes:
         return Sizes.from_json(self.model_dump(exclude_none=True))
@@ -90,6 +92,8 @@ class Line(Form):
         except TypeError:
             raise InputError(f"the options of its case are none: {dict(self.options)}") from None
         sizes = [None if form is None else form.sizes() for form in (self.predicted, self.measured)]
+        if sum(Row(*row).layers for row in self.buffers) > LAYERS:
+            raise InputError(f"buffers: more than {LAYERS} tensors")
         buffers = tuple(pair for row in self.buffers for pair in unfolded(Row(*row)))
         return Outcome(
             case, self.status, self.detail, sizes[0], sizes[1], buffers, self.environment, float(self.seconds),
@@ -127,18 +131,22 @@ def dump(outcome: Outcome) -> str:
         "schema": SCHEMA, **outcome.to_json(buffers=False), "buffers": list(folded(outcome.buffers)),
         "environment": dict(outcome.environment),
     }  # fmt: skip
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(found, allow_nan=False, separators=(",", ":"))
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def load(text: str) -> Outcome:
     """The outcome that `dump` wrote. Raises `InputError` for anything else."""
     try:
-        given = json.loads(text)
+        given = json.loads(text, parse_constant=_no_number)
         if not isinstance(given, Mapping) or given.get("schema") != SCHEMA:
             raise InputError(f"its schema is not {SCHEMA}")
         return Line.model_validate(given, strict=False).outcome()
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (json.JSONDecodeError, RecursionError, OverflowError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"this is no line of a record: {error}") from None

@@ -111,11 +111,11 @@ def chosen(wishes: Wishes, device: str) -> list[Case]:
     two formats, and whole training steps, with and without checkpointing (unless methods, an implementation or the
     workload are named, only of each method's first implementation, and both only of `CHECKPOINTED`). With one: that
     model, as it is asked for. Raises `InputError` for wishes that no case can have."""
-    names = [method(name).name for name in wishes.methods]
+    names = list(dict.fromkeys(method(name).name for name in wishes.methods))
     codes = list(implementations(names, wishes.implementation))
     if not codes:
-        known = sorted({c.name for m in METHODS.values() for c in m.implementations})
-        raise unknown("implementation", str(wishes.implementation), known)
+        known = sorted({c.name for name in names or METHODS for c in METHODS[name].implementations})
+        raise unknown(f"implementation of {', '.join(names) or 'any method'}", str(wishes.implementation), known)
     if wishes.workload not in (None, *WORKLOADS):
         raise unknown("workload", wishes.workload, WORKLOADS)
     found: list[Case] = []

@@ -13,16 +13,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Lock, Timer
 from typing import NamedTuple, Protocol
 
-WORKER = (sys.executable, "-m", "galore_mem.verify.worker")
-SERVER = (sys.executable, "-m", "galore_mem.verify.server")
+# (-P: a user's folder may hold files with the names of modules)
+WORKER = (sys.executable, "-P", "-m", "galore_mem.verify.worker")
+SERVER = (sys.executable, "-P", "-m", "galore_mem.verify.server")
 # glibc's malloc keeps freed blocks below a limit that grows to 32 MiB: of LLaMA-7B's steps, 2 GiB that nothing uses.
 # With a fixed limit (bytes) a tensor that is freed leaves the process.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+IMPORTS = 300.0  # seconds that a server has to begin a case
 
 
 class Ended(NamedTuple):
@@ -35,60 +38,89 @@ class Ended(NamedTuple):
 
 
 class Starter(Protocol):
-    """Runs one process after another. `stop` may come from another thread: it kills what runs."""
+    """Runs one process after another. `stop` may come from another thread: it kills what runs, and nothing runs
+    afterwards."""
 
     def run(self, given: str, timeout: float) -> Ended: ...
 
     def stop(self) -> None: ...
 
 
+STOPPED = Ended(-signal.SIGTERM, "", "stopped")
+
+
+class Group:
+    """A process with whatever it starts: they end together. Nothing is started once it was stopped."""
+
+    def __init__(self, command: Sequence[str], err: int) -> None:
+        self._command, self._err = command, err
+        self._lock = Lock()
+        self._stopped = False
+        self.process: subprocess.Popen[str] | None = None
+
+    def started(self) -> subprocess.Popen[str] | None:
+        """The process, begun if there is none that lives; None once it was stopped."""
+        with self._lock:
+            if self._stopped:
+                return None
+            if self.process is None or self.process.poll() is not None:
+                pipe, env = subprocess.PIPE, {**RETURNED, **os.environ}
+                self.process = subprocess.Popen(
+                    self._command, stdin=pipe, stdout=pipe, stderr=self._err, text=True, start_new_session=True, env=env
+                )
+            return self.process
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+        self.kill()
+
+
 class Fresh:
     """A new interpreter for each case."""
 
     def __init__(self, arguments: Sequence[str] = (), command: Sequence[str] = WORKER) -> None:
-        self._command = (*command, *arguments)
-        self._process: subprocess.Popen[str] | None = None
+        self._group = Group((*command, *arguments), subprocess.PIPE)
 
     def run(self, given: str, timeout: float) -> Ended:
         """`given` on its stdin; killed after `timeout` seconds."""
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            self._command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            start_new_session=True,
-            env={**RETURNED, **os.environ},
-        ) as process:
-            self._process = process
-            late = False
+        process = self._group.started()
+        if process is None:
+            return STOPPED
+        late = False
+        with process:
             try:
                 out, err = process.communicate(given, timeout)
             except subprocess.TimeoutExpired:
                 late = True
-                process.kill()
+                self._group.kill()
                 out, err = process.communicate()
             except BaseException:
-                process.kill()
+                self._group.kill()
                 raise
         return Ended(process.returncode, out, err, late)
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
+        self._group.stop()
 
 
 class Forked:
     """Forks of a process that has imported what cases need. It is started with the first case, and again if it died."""
 
     def __init__(self, arguments: Sequence[str] = (), command: Sequence[str] = SERVER) -> None:
-        self._command = (*command, *arguments)
-        self._server: subprocess.Popen[str] | None = None
+        self._group = Group((*command, *arguments), subprocess.DEVNULL)
+        self._case: int | None = None  # the process of the case that runs: a group of its own
 
     def run(self, given: str, timeout: float) -> Ended:
-        """`given` on its stdin; killed after `timeout` seconds (a fork also ends by itself if this process is gone)."""
-        server = self._alive()
+        """`given` on its stdin; killed after `timeout` seconds."""
+        server = self._group.started()
+        if server is None:
+            return STOPPED
         assert server.stdin is not None
         with tempfile.TemporaryDirectory(prefix="galore-mem-") as folder:
             files = {name: str(Path(folder, name)) for name in ("in", "out", "err")}
@@ -96,47 +128,46 @@ class Forked:
             try:
                 server.stdin.write(json.dumps({**files, "seconds": timeout}) + "\n")
                 server.stdin.flush()
-                code, late = self._wait(server, timeout)
+                with ended_after(IMPORTS, self._group.kill):
+                    self._case = self._said(server, "pid")
+                with ended_after(timeout, self._kill) as late:
+                    code = self._said(server, "code")
+                self._case = None
+                return Ended(code, read(files["out"]), read(files["err"]), late.is_set())
             except (BrokenPipeError, json.JSONDecodeError, KeyError):  # it died
-                server.kill()
-                code, late = server.wait(), False
-            out, err = (read(files[name]) for name in ("out", "err"))
-        return Ended(code, out, err, late)
+                self._group.kill()
+                return Ended(server.wait(), read(files["out"]), read(files["err"]) or "the server of forks ended")
 
-    def _wait(self, server: subprocess.Popen[str], timeout: float) -> tuple[int, bool]:
+    def _said(self, server: subprocess.Popen[str], what: str) -> int:
         assert server.stdout is not None
-        pid = int(json.loads(server.stdout.readline())["pid"])
-        late = Event()
+        return int(json.loads(server.stdout.readline())[what])
 
-        def end() -> None:
-            late.set()
-            os.kill(pid, signal.SIGKILL)
-
-        timer = Timer(timeout, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            return int(json.loads(server.stdout.readline())["code"]), late.is_set()
-        finally:
-            timer.cancel()
-
-    def _alive(self) -> subprocess.Popen[str]:
-        if self._server is None or self._server.poll() is not None:
-            self._server = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-                env={**RETURNED, **os.environ},
-            )
-        return self._server
+    def _kill(self) -> None:
+        if self._case is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._case, signal.SIGKILL)
 
     def stop(self) -> None:
-        if self._server is not None and self._server.poll() is None:
-            os.killpg(self._server.pid, signal.SIGKILL)
-            self._server.wait()
+        self._kill()
+        self._group.stop()
+
+
+@contextmanager
+def ended_after(seconds: float, end: Callable[[], None]) -> Iterator[Event]:
+    """Calls `end` if this takes longer; the event says whether it was."""
+    late = Event()
+
+    def now() -> None:
+        late.set()
+        end()
+
+    timer = Timer(seconds, now)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
 
 
 def read(path: str) -> str:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, CodeType)
 PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.Generator)
 
 
-def tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every plain tensor under `value` with its dotted path: inside tensor subclasses, containers and objects."""
-    yield from _walk(value, name, set())
+def tensors(value: Any, name: str = "", without: Iterable[object] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Every plain tensor under `value` with its dotted path: inside tensor subclasses, containers and objects, but for
+    the objects in `without` and what they hold."""
+    yield from _walk(value, name, {id(one) for one in without})
 
 
 def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, PLAIN) or callable(value) or id(value) in seen:
+    if isinstance(value, (*PLAIN, *CODE)) or id(value) in seen:
         return
     seen.add(id(value))
     inner: Iterable[tuple[Any, Any]]
@@ -28,13 +32,14 @@ def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]
         return
     elif isinstance(value, Mapping):
         inner = value.items()
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         inner = enumerate(value)
     else:
         slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
         inner = {**getattr(value, "__dict__", {}), **{s: getattr(value, s, None) for s in slots}}.items()
     for key, one in inner:
-        yield from _walk(one, f"{name}.{key}" if name else str(key), seen)
+        called = "(parameter)" if isinstance(key, Tensor) else str(key)
+        yield from _walk(one, f"{name}.{called}" if name else called, seen)
 
 
 def storage(t: Tensor) -> tuple[int, int]:

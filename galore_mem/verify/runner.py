@@ -12,10 +12,12 @@ from threading import Event, Lock
 
 from galore_mem.errors import InputError
 from galore_mem.verify.builders import Unsupported, builder, without
-from galore_mem.verify.case import RESIDENTS, BufferPair, Case, Outcome
+from galore_mem.verify.case import DONE, RESIDENTS, BufferPair, Case, Outcome
+from galore_mem.verify.environment import environment
 from galore_mem.verify.line import load
+from galore_mem.verify.predict import predict
 from galore_mem.verify.processes import Ended, Fresh, Starter
-from galore_mem.verify.record import Record
+from galore_mem.verify.record import Record, latest
 
 TIMEOUT = 1800.0  # seconds for one case
 TOLERANCE = 0.02  # of a phase's peak
@@ -32,12 +34,12 @@ def run(
     begun: Callable[[Case], None] = lambda case: None,
 ) -> Generator[Outcome, None, None]:
     """The outcome of each case as it comes, in the record before it is given out. As many run at a time as there are
-    `starters` (default: one). With `resume`, cases that the record has (and that did not fail) are not run again.
+    `starters` (default: one). With `resume`, cases that were measured last time are not run again.
 
     However the iteration ends, no process is left."""
     known: dict[str, Outcome] = {}
     if resume and record is not None and record.path.exists():
-        known = {o.case.key: o for o in record.read() if o.status not in ("failed", "oom")}
+        known = {o.case.key: o for o in latest(record.read()) if o.status in DONE}
     yield from (judged(known[case.key], tolerance) for case in cases if case.key in known)
     all_starters = starters or (Fresh(),)
     idle: SimpleQueue[Starter] = SimpleQueue()
@@ -54,6 +56,8 @@ def run(
                 outcome = run_one(case, timeout, start)
             finally:
                 idle.put(start)
+        else:
+            outcome = replace(outcome, environment=environment(case.device))
         if ending.is_set():  # it did not end by itself
             raise CancelledError
         if record is not None:
@@ -91,11 +95,14 @@ def lacking(case: Case) -> Outcome | None:
 
 def run_one(case: Case, timeout: float = TIMEOUT, start: Starter | None = None) -> Outcome:
     """One case in a process of its own. However that ends, there is an outcome."""
-    ended = (start or Fresh()).run(json.dumps(case.to_json()), timeout)
+    try:
+        ended = (start or Fresh()).run(json.dumps(case.to_json()), timeout)
+    except OSError as error:
+        return unmeasured(case, "failed", f"no process could be started: {error.strerror or error}")
     if ended.late:
-        return Outcome(case, "failed", f"no result within {timeout:g} seconds", seconds=timeout)
+        return replace(unmeasured(case, "failed", f"no result within {timeout:g} seconds"), seconds=timeout)
     if ended.code < 0:
-        return _killed(case, -ended.code)
+        return unmeasured(case, *_killed(-ended.code))
     try:
         if ended.code == 0:
             return load(ended.out.rstrip().rpartition("\n")[2])  # libraries may have spoken before
@@ -103,25 +110,36 @@ def run_one(case: Case, timeout: float = TIMEOUT, start: Starter | None = None) 
         pass
     last = last_line(ended)
     status = "oom" if "out of memory" in last.lower() else "failed"  # bitsandbytes' kernels end the process
-    return Outcome(case, status, f"its process ended with code {ended.code}: {last}")
+    return unmeasured(case, status, f"its process ended with code {ended.code}: {last}")
+
+
+def unmeasured(case: Case, status: str, detail: str) -> Outcome:
+    """The outcome of a case whose process said nothing, with what was predicted of it."""
+    try:
+        predicted = predict(case).sizes
+    except InputError:
+        predicted = None
+    return Outcome(case, status, detail, predicted, environment=environment(case.device))
 
 
 def last_line(ended: Ended) -> str:
     return (ended.err.strip().splitlines() or ["it said nothing"])[-1][:300]
 
 
-def _killed(case: Case, number: int) -> Outcome:
+def _killed(number: int) -> tuple[str, str]:
     name = signal.Signals(number).name if number in {int(s) for s in signal.Signals} else str(number)
     if number == signal.SIGKILL:  # what the kernel sends when memory runs out
-        return Outcome(case, "oom", f"its process was killed ({name}): out of memory, or by hand")
-    return Outcome(case, "failed", f"its process was killed by {name}")
+        return "oom", f"its process was killed ({name}): out of memory, or by hand"
+    return "failed", f"its process was killed by {name}"
 
 
 def judged(outcome: Outcome, tolerance: float) -> Outcome:
     """`ok` where every tensor that stays has the predicted bytes and every phase's peak is within the tolerance (with
     what the builder says of the run as detail); `mismatch`, with the first difference, otherwise."""
-    if outcome.status not in ("ok", "mismatch") or outcome.measured is None or outcome.predicted is None:
+    if outcome.status not in DONE:
         return outcome
+    if outcome.measured is None or outcome.predicted is None:
+        return replace(outcome, status="failed", detail="it holds no measurement")
     difference = next(_differences(outcome, tolerance), None)
     if difference is not None:
         return replace(outcome, status="mismatch", detail=difference)
@@ -146,11 +164,17 @@ def _differences(outcome: Outcome, tolerance: float) -> Iterator[str]:
         p, m = getattr(predicted, name), getattr(measured, name)
         if p != m:
             yield f"{name}: measured {m:,}, predicted {p:,} ({p - m:+,})"
+    p, m = predicted.workspaces_bytes, measured.workspaces_bytes
+    if p is not None and m is not None and p != m:
+        yield f"workspaces_bytes: measured {m:,}, predicted {p:,}"
+    for name in predicted.phases:
+        if name not in measured.phases and name not in outcome.not_compared:
+            yield f"{name}: predicted {predicted.phases[name]:,}, and not measured"
     for name, m in measured.phases.items():
         p = predicted.phases.get(name)
         if p is None:
             if name not in outcome.not_compared:
                 yield f"{name}: measured {m:,}, and there is no prediction"
-        elif abs(p - m) > tolerance * m:
+        elif not abs(p - m) <= tolerance * m:
             part = f" ({(p - m) / m:+.2%})" if m else ""
             yield f"{name}: measured {m:,}, predicted {p:,}{part}"

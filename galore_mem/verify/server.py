@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
-from math import ceil
 from typing import Any, NoReturn
+
+from galore_mem.verify.parent import end_with_parent
 
 # what cases import, and how long it takes a case without this (seconds): torch 2.5, its compiler, which every optimizer
 # asks for, 2.5, transformers 1, peft 2, bitsandbytes 1
@@ -21,6 +21,7 @@ WARM = ("torch", "torch._dynamo", "torch.profiler", "transformers", "bitsandbyte
 
 
 def main() -> None:
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing else may speak there
     for module in WARM:
@@ -40,13 +41,14 @@ def case(request: dict[str, Any]) -> NoReturn:
     """The forked process: the worker, on the request's files."""
     code = 1
     try:
+        os.setsid()  # it ends together with what it starts
+        end_with_parent()
         for descriptor, (name, flags) in enumerate(
             (("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", os.O_WRONLY | os.O_CREAT))
         ):
             os.dup2(os.open(request[name], flags, 0o600), descriptor)
         sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
         sys.stderr = os.fdopen(2, "w", buffering=1)
-        signal.alarm(ceil(request["seconds"]) + 60)  # whoever asked may be gone by then
         from galore_mem.verify.worker import main as work
 
         work()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from galore_mem.errors import InputError
 from galore_mem.gpus import DEFAULT_CONTEXT
-from galore_mem.verify.case import Case, Outcome
+from galore_mem.verify.case import BAD, Case, Outcome
 from galore_mem.verify.fitting import fitting
 from galore_mem.verify.kernels import LARGE
 from galore_mem.verify.matrix import Wishes, chosen, device_of, model_of
@@ -34,6 +36,8 @@ class Session:
         self.device = device_of(device)
         self.cases = cases(wishes, self.device)
         self.record = None if record is None else Record(record)
+        if self.record is not None:
+            self.record.check()
         self.resume, self.tolerance, self.timeout = resume, tolerance, timeout
         self.arguments = () if snapshot is None else ("--snapshot", str(check(snapshot, self.device)))
         self.interrupted = False
@@ -45,7 +49,7 @@ class Session:
         if many > 1 and self.device != "cpu":
             raise InputError(f"--jobs {many}: cases on one card are measured one at a time; leave it out")
         found: dict[str, Outcome] = {}
-        with progress(len(self.cases)) as (begun, ended):
+        with progress(len(self.cases)) as (begun, ended), ended_as_by_ctrl_c():
             outcomes = run(
                 self.cases, record=self.record, resume=self.resume, tolerance=self.tolerance, timeout=self.timeout,
                 starters=[starter(self.device, self.arguments) for _ in range(many)], begun=begun,
@@ -60,7 +64,7 @@ class Session:
                 self.error = error
             finally:
                 outcomes.close()
-        if self.interrupted:
+        if self.interrupted and sys.stderr is not None:
             print(f"interrupted: {len(found)} of {len(self.cases)} cases ended; {self._later()}", file=sys.stderr)
         return [found[case.key] for case in self.cases if case.key in found]
 
@@ -97,6 +101,26 @@ def at_a_time(found: list[Case], device: str) -> int:
     return max(1, min(AT_A_TIME, os.cpu_count() or 1, len(found)))
 
 
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """A batch system's SIGTERM and a lost terminal's SIGHUP end a run as Ctrl-C does: its processes too, and what was
+    measured is shown. (Only the main thread can ask for that.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = [(number, signal.signal(number, interrupt)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 Begun = Callable[[Case], None]
 Done = Callable[[Outcome], None]
 
@@ -104,6 +128,9 @@ Done = Callable[[Outcome], None]
 @contextmanager
 def progress(total: int) -> Iterator[tuple[Begun, Done]]:
     """Two functions that tell stderr which case begins and how one ended: a bar in a terminal, lines elsewhere."""
+    if sys.stderr is None:  # closed by whoever started this
+        yield lambda case: None, lambda outcome: None
+        return
     if not sys.stderr.isatty():
         count = iter(range(1, total + 1))
 
@@ -121,7 +148,7 @@ def progress(total: int) -> Iterator[tuple[Begun, Done]]:
 
         def ended(outcome: Outcome) -> None:
             bar.advance(task)
-            if outcome.status in ("mismatch", "oom", "failed"):
+            if outcome.status in BAD:
                 bar.console.print(f"{outcome.status} {outcome.case}: {outcome.detail}", markup=False, highlight=False)
 
         yield lambda case: bar.update(task, description=f"{case.model} {case.method} ({case.implementation})"), ended

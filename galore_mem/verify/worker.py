@@ -20,6 +20,7 @@ from galore_mem.errors import InputError
 from galore_mem.verify.case import OPTIMIZER, BufferPair, Case, Outcome, Sizes
 from galore_mem.verify.environment import card, environment
 from galore_mem.verify.line import dump
+from galore_mem.verify.parent import end_with_parent
 from galore_mem.verify.predict import Prediction, predict
 from galore_mem.verify.snapshot import Recorded, check, file_name
 
@@ -147,6 +148,7 @@ def own_stdout() -> Iterator[TextIO]:
 
 
 def main() -> None:
+    end_with_parent()
     options = argparse.ArgumentParser(prog="galore_mem.verify.worker")
     options.add_argument("--snapshot", type=Path, help="a folder for the history of CUDA's allocator")
     given = options.parse_args()

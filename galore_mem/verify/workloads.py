@@ -251,7 +251,7 @@ class Stepper:
         names = {self.builder.plain: "step"}
         if self.work.code.refreshes and self.builder.refresh is not None:
             names[self.builder.refresh] = "refresh"
-        for number in range(max(names) + 1 + self.builder.settle):
+        for number in range(max(2, *names) + 1 + self.builder.settle):
             yield names.get(number, WARM)
 
     def step(self) -> None:
@@ -276,16 +276,11 @@ class Stepper:
             if member.p in optimizer.state
             for name, t in tensors(optimizer.state[member.p])
         }
-        seen = {storage(t)[0] for t in buffers.values()}
+        seen = {storage(t)[0] for t in buffers.values()} | known
+        model = () if self.request.model is None else self.request.model.modules()
         owners = [m.name for m in self.request.members] if self.hooked else ["(optimizer)"]
         for owner, optimizer in zip(owners, self.optimizers, strict=True):
-            beside = {(owner, name): t for name, t in tensors(attributes(optimizer)) if storage(t)[0] not in seen}
-            buffers |= {key: t for key, t in beside.items() if not isinstance(t, torch.nn.Parameter)}
+            for name, t in tensors(vars(optimizer), without=model):
+                if storage(t)[0] not in seen and not isinstance(t, torch.nn.Parameter):
+                    buffers[owner, name] = t
         return Measured(held, gradients, total(buffers.values(), device, known), buffers)
-
-
-def attributes(optimizer: Any) -> dict[str, Any]:
-    """What an optimizer holds besides its state and the parameters."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return {}
-    return {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups", "model")}
