@@ -98,6 +98,8 @@ def check_state(given: Case, fmt: str) -> None:
     shared_storages: dict[str, set[int]] = {name: set() for name in shared}
     for (name, p), shape in zip(named, SHAPES, strict=True):
         kept = tensors(optimizer.state[p])
+        if "param_groups.0.lr" in shared:
+            kept["param_groups.0.lr"] = optimizer.param_groups[0]["lr"]
         own = {key: t for key, t in kept.items() if key not in shared}
         assert measured(own) == predicted(given.ledger.state(trained(shape, name, fmt), how)), shape
         for key in shared.keys() & kept.keys():

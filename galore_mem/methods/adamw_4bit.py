@@ -33,7 +33,7 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="torchao", version=torchao.VERSION, source="torchao/optim/adam.py:AdamW4bit, subclass_4bit.py",
-            state=state,
+            state=state, shared=torchao.learning_rate, one_each=True,
             equations={
                 "other": "2·m·n at 1/2 byte + 2·(m·n/128 + 16) at 4 bytes; unquantized unless 128 divides m·n >= 4096"
             },

@@ -64,15 +64,17 @@ def lookup_tables(job: Job) -> tuple[Buffer, ...]:
     return Buffer("qmap1", (256,), FLOAT32), Buffer("qmap2", (256,), FLOAT32)
 
 
+# where bitsandbytes' tables are found of an optimizer whose only parameter is not quantized
+UNUSED = {"qmap1": "name2qmap.dynamic", "qmap2": "name2qmap.udynamic"}
+
+
 def with_own_tables(code: Implementation) -> Implementation:
-    """The code in a layer-wise update: an optimizer for each parameter, and each with tables of its own, in the state
-    of an 8-bit parameter, of another only in the optimizer's `name2qmap`."""
+    """The code in a layer-wise update: an optimizer for each parameter, and each with what it shares of its own."""
 
     def own(p: Trained, job: Job) -> tuple[Buffer, ...]:
         found, tables = code.state(p, job), code.shared(job)
         if all(b.name != "absmax1" for b in found):
-            names = ("name2qmap.dynamic", "name2qmap.udynamic")
-            tables = tuple(replace(b, name=name) for b, name in zip(tables, names, strict=True))
+            tables = tuple(replace(b, name=UNUSED.get(b.name, b.name)) for b in tables)
         return *found, *tables
 
     return replace(code, state=own, shared=nothing_shared)
@@ -133,7 +135,7 @@ PAGED = Implementation(
 )  # fmt: skip
 TORCHAO = Implementation(
     name="torchao", version=torchao.VERSION, source="torchao/optim/adam.py:AdamW8bit, subclass_8bit.py",
-    state=state_torchao,
+    state=state_torchao, shared=torchao.learning_rate, one_each=True,
     equations={"other": "2·m·n at 1 byte + 2·(m·n/256 + 256) at 4 bytes; unquantized unless 256 divides m·n >= 4096"},
     not_counted=(torchao.COMPILED,),
 )  # fmt: skip

@@ -34,7 +34,7 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="torchao", version=torchao.VERSION, source="torchao/optim/adam.py:AdamWFp8, subclass_fp8.py",
-            state=state,
+            state=state, shared=torchao.learning_rate, one_each=True,
             equations={
                 "other": "2·m·n at 1 byte + 2·m·n/256 at 4 bytes; unquantized unless 256 divides m·n >= 4096"
             },

@@ -4,7 +4,8 @@ torchao 0.18.0, torchao/optim/adam.py (`_new_buffer`) and subclass_{8bit,4bit,fp
 parameter is a tensor subclass holding `codes`, a float32 `scale` per block and, for 8 and 4 bits, a
 float32 lookup table `qmap` of its own. Parameters below 4096 elements, or whose size is not a multiple
 of the block, keep plain moments in their own format. The ledger names the inner tensors
-(`exp_avg.codes`, ...). `step` is a float32 scalar made by `torch.tensor(0.0)`: it stays on the host.
+(`exp_avg.codes`, ...). `step` is a float32 scalar made by `torch.tensor(0.0)`, and so is each group's learning rate:
+they stay on the host.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from galore_mem.methods.base import Buffer, Job, Trained
 VERSION = "torchao 0.18.0"
 MIN_QUANTIZED_SIZE = 4096
 COMPILED = "temporaries of the step, which torchao compiles: the generated kernels decide them"
+
+
+def learning_rate(job: Job) -> tuple[Buffer, ...]:
+    """The group's, a tensor so that a compiled step need not be compiled again when it changes."""
+    return () if job.on_host else (Buffer("param_groups.0.lr", (), FLOAT32),)
 
 
 def low_bit(p: Trained, job: Job, codes: DType, *, per_code: int, block: int, qmap: int) -> tuple[Buffer, ...]:
