@@ -44,6 +44,7 @@ from galore_mem.methods.projection import (
     raised,
     regular_first,
 )
+from galore_mem.methods.randomized import randomized
 from galore_mem.methods.svd import SVD_WORKSPACE
 
 EQUATIONS = {"projected": "m·r + 2·n·r", "other": "2·m·n"}
@@ -171,7 +172,7 @@ METHOD = Method(
     title="GaLore",
     citation=CITATION,
     paper=Implementation("paper", "arXiv:2403.03507", "table 1: mr + 2nr", state_paper, equations=EQUATIONS),
-    implementations=(OURS, GALORE_TORCH, PYTORCH_OPTIMIZER),
+    implementations=(OURS, randomized(OURS, step), GALORE_TORCH, PYTORCH_OPTIMIZER),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
     projects=True,
 )

@@ -302,6 +302,7 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     ("flora", "galore-mem"): ours("Flora"),
     ("flora", "flora-opt"): Builder(flora_package, ("flora_opt", "bitsandbytes", "accelerate")),
     ("galore", "galore-mem"): ours("GaLoreAdamW"),
+    ("galore", "galore-mem-randomized"): ours("GaLoreAdamW", RANDOMIZED, **BY_QR),
     ("galore", "galore-torch"): projected(
         "galore_torch.GaLoreAdamW", more=QUIET, needs=("galore_torch", "bitsandbytes"), refuses=reverse_needs_room
     ),
