@@ -16,7 +16,7 @@ ESTIMATE_SCHEMA = "galore-mem.estimate/1"
 class Phase(NamedTuple):
     """The highest moment of one phase; the components sum to `allocated_bytes`.
 
-    `per_layer` is what one more layer would add to each component, where it is known. Of a simulated phase more is known:
+    `per_layer` is what one more layer would add to each component, where it is known. Of a simulated phase more is:
     the most that the allocator had `reserved`, and what of the components is `slack`, room in its blocks that no tensor
     uses.
     """

@@ -46,12 +46,13 @@ def _main(
 
 
 def _register() -> None:
-    from galore_mem.cli import estimate, models, papers, schema, verify
+    from galore_mem.cli import estimate, models, papers, schema, simulate, verify
 
     app.command("estimate")(estimate.command)
     app.command("models")(models.command)
     app.command("papers")(papers.command)
     app.command("schema")(schema.command)
+    app.command("simulate")(simulate.command)
     app.add_typer(verify.app, name="verify")
 
 

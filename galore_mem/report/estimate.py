@@ -33,7 +33,7 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
 
 def overview(result: EstimateResult) -> Table:
     """One row a method: residents, the peak with its phase, what it is made of, the verdict."""
-    highest, unit = max(e.peak_allocated_bytes for e in result.estimates), _unit(result)
+    highest, unit = max(e.peak_allocated_bytes for e in result.estimates), unit_of(result)
     baseline = next((e for e in result.estimates if e.method == "adamw"), None)
     judged = any(e.fits for e in result.estimates)
     columns = [
@@ -49,11 +49,11 @@ def overview(result: EstimateResult) -> Table:
         mark = "" if e.layerwise == result.setup["layerwise"] else "*"
         sizes = (e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.peak_allocated_bytes)
         row = [
-            e.method + mark, e.implementation, *(_amount(n, unit) for n in sizes), e.peak.name, _saving(e, baseline),
-            _bar(e.peak.components, highest),
+            e.method + mark, e.implementation, *(amount(n, unit) for n in sizes), e.peak.name, saving(e, baseline),
+            bar(e.peak.components, highest),
         ]  # fmt: skip
         if judged:
-            row.append(_verdict(e))
+            row.append(verdict(e))
         rows.append(tuple(row))
     return Table(_title(result), tuple(columns), tuple(rows), tuple(_footer(result)))
 
@@ -70,7 +70,7 @@ def _title(result: EstimateResult) -> str:
 
 def _footer(result: EstimateResult) -> Iterator[str]:
     yield LEGEND
-    unit = "GiB (2^30 bytes)" if _unit(result) == GIB else "MiB (2^20 bytes)"
+    unit = "GiB (2^30 bytes)" if unit_of(result) == GIB else "MiB (2^20 bytes)"
     yield f"{unit}. weights, gradients, state: tensors that stay; peak: torch's allocator, highest phase."
     first = result.estimates[0]
     if result.setup["gpu"]:
@@ -84,7 +84,7 @@ def _footer(result: EstimateResult) -> Iterator[str]:
         yield f"* {other}."
     common = set.intersection(*(set(e.assumptions) for e in result.estimates))
     yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
-    yield from _kernels(result, common)
+    yield from kernels(result, common)
     yield from (f"Not supported: {u.method} ({u.implementation}): {u.reason}." for u in result.unsupported)
     clipped = {a for e in result.estimates for a in e.assumptions if "clipped" in a}
     yield from (f"Note: {a}." for a in sorted(clipped - common))
@@ -92,7 +92,7 @@ def _footer(result: EstimateResult) -> Iterator[str]:
         yield f"Not counted: {first.not_counted[0]}."
 
 
-def _kernels(result: EstimateResult, common: set[str]) -> Iterator[str]:
+def kernels(result: EstimateResult, common: set[str]) -> Iterator[str]:
     """The attention kernels, where methods differ in them (a method's formats decide)."""
     found: dict[str, list[str]] = {}
     for e in result.estimates:
@@ -104,23 +104,23 @@ def _kernels(result: EstimateResult, common: set[str]) -> Iterator[str]:
         yield f"Assumed: {a}" + ("." if a == widest else f" for {', '.join(methods)}.")
 
 
-def _unit(result: EstimateResult) -> int:
+def unit_of(result: EstimateResult) -> int:
     """GiB, or MiB for a table of small models."""
     return GIB if max(e.peak_allocated_bytes for e in result.estimates) >= GIB else MIB
 
 
-def _amount(n: int, unit: int) -> str:
+def amount(n: int, unit: int) -> str:
     return f"{n / unit:.2f}" if n >= unit // 100 or n == 0 else f"{n / unit:.4f}"
 
 
-def _saving(e: Estimate, baseline: Estimate | None) -> str:
+def saving(e: Estimate, baseline: Estimate | None) -> str:
     if baseline is None or e is baseline:
         return ""
     change = e.peak_allocated_bytes / baseline.peak_allocated_bytes - 1
     return f"{change:+.1%}"
 
 
-def _bar(live: Bytes, highest: int) -> str:
+def bar(live: Bytes, highest: int) -> str:
     """The components of a peak as a bar, the highest peak of the table filling it (largest remainders)."""
     total = sum(live)
     cells = max(1, round(BAR * total / highest)) if highest else 0
@@ -131,7 +131,7 @@ def _bar(live: Bytes, highest: int) -> str:
     return "".join(g * n for g, n in zip(GLYPHS, counts, strict=True))
 
 
-def _verdict(e: Estimate) -> str:
+def verdict(e: Estimate) -> str:
     if e.fits is None:
         return ""
     return f"{SHORT[e.fits.verdict]} {e.fits.headroom_bytes / GIB:+.2f}"

@@ -2,123 +2,163 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from galore_mem.errors import unknown
 from galore_mem.memory.phases import PHASES
 from galore_mem.memory.tape import CATEGORIES
+from galore_mem.report.schema_parts import (
+    BYTES,
+    FLAG,
+    HYPERPARAMETERS,
+    INT,
+    TEXT,
+    TEXTS,
+    Schema,
+    list_of,
+    object_of,
+    or_null,
+)
 from galore_mem.report.verify import OF_PASSES, VERIFY_SCHEMA
 from galore_mem.result import ESTIMATE_SCHEMA
+from galore_mem.simulate.result import DECIDED, SIMULATE_SCHEMA, SIMULATED_PHASES
 from galore_mem.verify.case import COUNTED, RESIDENTS, STATUSES, TOLD, WORKLOADS
-
-Schema = dict[str, Any]
-
-INT: Schema = {"type": "integer"}
-BYTES: Schema = {"type": "integer", "minimum": 0}
-TEXT: Schema = {"type": "string"}
-FLAG: Schema = {"type": "boolean"}
-TEXTS: Schema = {"type": "array", "items": TEXT}
-HYPERPARAMETERS: Schema = {"type": "object", "additionalProperties": {"type": ["integer", "number", "string"]}}
-
-
-def _object(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
-    """An object with exactly these keys; all but `optional` are required."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": [name for name in properties if name not in optional],
-        "additionalProperties": False,
-    }
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _estimate() -> Schema:
-    components = _object((), **dict.fromkeys(CATEGORIES, BYTES))
-    phase = _object(name={"enum": list(PHASES)}, allocated_bytes=BYTES, components=components)
-    fits = _object(
+    phase = object_of(**_phase(PHASES))
+    one = object_of(
+        ("tensors", "kept_by_layer"),
+        **_answer(phase, PHASES),
+        tensors=list_of(
+            object_of(
+                kind={"enum": ["weights", "gradients", "optimizer_state"]},
+                param=TEXT,
+                buffer=TEXT,
+                shape=list_of(BYTES),
+                dtype=TEXT,
+                bytes=BYTES,
+                count=BYTES,
+                host=FLAG,
+            )
+        ),
+        kept_by_layer=list_of(object_of(operations=TEXTS, shape=list_of(BYTES), dtype=TEXT, bytes=BYTES, shared=FLAG)),
+    )
+    return object_of(**_result(ESTIMATE_SCHEMA, one, object_of(**_setup())))
+
+
+def _phase(names: Sequence[str]) -> dict[str, Schema]:
+    components = object_of(**dict.fromkeys(CATEGORIES, BYTES))
+    return {"name": {"enum": list(names)}, "allocated_bytes": BYTES, "components": components}
+
+
+def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
+    """Of one method: what `estimate` and `simulate` both say."""
+    fits = object_of(
         gpu=TEXT,
         capacity_bytes=BYTES,
         headroom_bytes=INT,
         verdict={"enum": ["fits", "tight", "does_not_fit"]},
     )
-    tensor = _object(
-        kind={"enum": ["weights", "gradients", "optimizer_state"]},
-        param=TEXT,
-        buffer=TEXT,
-        shape=_list(BYTES),
-        dtype=TEXT,
-        bytes=BYTES,
-        count=BYTES,
-        host=FLAG,
-    )
-    one = _object(
-        ("tensors", "kept_by_layer"),
-        method=TEXT,
-        implementation=TEXT,
-        convention={"enum": ["implementation", "paper"]},
-        hyperparameters=HYPERPARAMETERS,
-        layerwise=FLAG,
-        weights_bytes=BYTES,
-        gradients_bytes=BYTES,
-        optimizer_state_bytes=BYTES,
-        phases=_list(phase),
-        peak_phase={"enum": list(PHASES)},
-        peak_allocated_bytes=BYTES,
-        peak_reserved_bytes=_or_null(BYTES),
-        outside_allocator_bytes=BYTES,
-        device_bytes=BYTES,
-        fits=_or_null(fits),
-        assumptions=TEXTS,
-        not_counted=TEXTS,
-        tensors=_list(tensor),
-        kept_by_layer=_list(_object(operations=TEXTS, shape=_list(BYTES), dtype=TEXT, bytes=BYTES, shared=FLAG)),
-    )
-    model = _object(
+    return {
+        "method": TEXT,
+        "implementation": TEXT,
+        "convention": {"enum": ["implementation", "paper"]},
+        "hyperparameters": HYPERPARAMETERS,
+        "layerwise": FLAG,
+        **dict.fromkeys(("weights_bytes", "gradients_bytes", "optimizer_state_bytes"), BYTES),
+        "phases": list_of(phase),
+        "peak_phase": {"enum": list(names)},
+        "peak_allocated_bytes": BYTES,
+        "peak_reserved_bytes": or_null(BYTES),
+        "outside_allocator_bytes": BYTES,
+        "device_bytes": BYTES,
+        "fits": or_null(fits),
+        "assumptions": TEXTS,
+        "not_counted": TEXTS,
+    }
+
+
+def _setup() -> dict[str, Schema]:
+    return {
+        "recipe": TEXT,
+        "batch_size": INT,
+        "seq_len": INT,
+        "attention": TEXT,
+        "gradient_checkpointing": FLAG,
+        "loss": TEXT,
+        "layerwise": FLAG,
+        "keep_gradients": FLAG,
+        "keep_logits": FLAG,
+        "gradient_accumulation": INT,
+        "transformers": TEXT,
+        "torch": TEXT,
+        "device": TEXT,
+        "target": or_null(TEXTS),
+        "gpu": or_null(TEXT),
+    }
+
+
+def _result(name: str, one: Schema, setup: Schema) -> dict[str, Schema]:
+    """A whole answer, method by method."""
+    model = object_of(
         name=TEXT,
-        family=_or_null(TEXT),
+        family=or_null(TEXT),
         parameters=BYTES,
         parameters_projected=BYTES,
         layers=BYTES,
         source=TEXT,
     )
-    setup = _object(
-        (),
-        recipe=TEXT,
-        batch_size=INT,
-        seq_len=INT,
-        attention=TEXT,
-        gradient_checkpointing=FLAG,
-        loss=TEXT,
-        layerwise=FLAG,
-        keep_gradients=FLAG,
-        keep_logits=FLAG,
-        gradient_accumulation=INT,
-        transformers=TEXT,
-        torch=TEXT,
-        device=TEXT,
-        target=_or_null(TEXTS),
-        gpu=_or_null(TEXT),
+    return {
+        "schema": {"const": name},
+        "version": TEXT,
+        "model": model,
+        "setup": setup,
+        "estimates": list_of(one),
+        "unsupported": list_of(object_of(method=TEXT, implementation=TEXT, reason=TEXT)),
+    }
+
+
+def _simulate() -> Schema:
+    names = SIMULATED_PHASES
+    phase = object_of(**_phase(names), reserved_bytes=or_null(BYTES), slack_bytes=BYTES)
+    place: dict[str, Schema] = {"phase": {"enum": list(names)}, "module": TEXT, "operation": TEXT}
+    live = object_of(
+        category={"enum": list(CATEGORIES)},
+        name=TEXT,
+        **place,
+        shape=list_of(BYTES),
+        dtype=TEXT,
+        count=BYTES,
+        bytes=BYTES,
     )
-    unsupported = _object(method=TEXT, implementation=TEXT, reason=TEXT)
-    return _object(
-        schema={"const": ESTIMATE_SCHEMA},
-        version=TEXT,
-        model=model,
-        setup=setup,
-        estimates=_list(one),
-        unsupported=_list(unsupported),
+    sizes = ("requested_bytes", "tried_bytes", "allocated_bytes", "reserved_bytes", "free_bytes")
+    timeline = object_of(
+        events=BYTES,
+        phases=list_of(object_of(at=BYTES, name={"enum": list(names)})),
+        at=list_of(BYTES),
+        **dict.fromkeys(CATEGORIES, list_of(BYTES)),
+        reserved_bytes=or_null(list_of(BYTES)),
+        out_of_memory_at=or_null(BYTES),
     )
+    one = object_of(
+        ("timeline",),
+        **_answer(phase, names),
+        fragmentation_bytes=or_null(BYTES),
+        retries=or_null(BYTES),
+        events=BYTES,
+        layers_traced=list_of(BYTES),
+        out_of_memory=or_null(object_of(**place, **dict.fromkeys(sizes, BYTES), message=TEXT)),
+        at_peak=object_of(**place, live=list_of(live)),
+        timeline=timeline,
+    )
+    setup = _setup()
+    setup |= {name: or_null(setup[name]) for name in ("recipe", *DECIDED)}
+    return object_of(**_result(SIMULATE_SCHEMA, one, object_of(**setup, allocator=TEXT, full=FLAG)))
 
 
 def _papers() -> Schema:
-    cell = _object(
+    cell = object_of(
         paper=TEXT,
         table=TEXT,
         row=TEXT,
@@ -131,66 +171,68 @@ def _papers() -> Schema:
         note=TEXT,
     )
     counts: Schema = {"type": "object", "additionalProperties": BYTES}
-    table = _object(paper=TEXT, table=TEXT, cells=BYTES, reproduced=BYTES, conventions=counts)
+    table = object_of(paper=TEXT, table=TEXT, cells=BYTES, reproduced=BYTES, conventions=counts)
     reasons: Schema = {"type": "object", "additionalProperties": TEXT}
-    return _object(schema={"const": "galore-mem.papers/1"}, cells=_list(cell), tables=_list(table), conventions=reasons)
+    return object_of(
+        schema={"const": "galore-mem.papers/1"}, cells=list_of(cell), tables=list_of(table), conventions=reasons
+    )
 
 
 def _models() -> Schema:
     counts: Schema = {"type": "object", "additionalProperties": BYTES}
-    row = _object(name=TEXT, shape=_list(BYTES), role=TEXT, module=TEXT, count=BYTES, parameters=BYTES, projected=FLAG)
-    model = _object(
+    row = object_of(
+        name=TEXT, shape=list_of(BYTES), role=TEXT, module=TEXT, count=BYTES, parameters=BYTES, projected=FLAG
+    )
+    model = object_of(
         ("rows",),
         name=TEXT,
-        family=_or_null(TEXT),
+        family=or_null(TEXT),
         parameters=BYTES,
         parameters_projected=BYTES,
         parameters_by_role=counts,
         layers=BYTES,
         source=TEXT,
-        rows=_list(row),
+        rows=list_of(row),
     )
-    return _object(schema={"const": "galore-mem.models/1"}, models=_list(model))
+    return object_of(schema={"const": "galore-mem.models/1"}, models=list_of(model))
 
 
 def _verify() -> Schema:
     phases: Schema = {"type": "object", "additionalProperties": BYTES}
-    sizes = _object(
+    sizes = object_of(
         (*COUNTED, *TOLD),
         **dict.fromkeys((*RESIDENTS, "peak_allocated_bytes"), BYTES),
         phases=phases,
         **dict.fromkeys(COUNTED, phases),
         **dict.fromkeys(TOLD, BYTES),
     )
-    error = _or_null({"type": "number"})  # null: something was predicted, and nothing measured
-    errors = _object(
-        (),
+    error = or_null({"type": "number"})  # null: something was predicted, and nothing measured
+    errors = object_of(
         **dict.fromkeys((*RESIDENTS, "peak_allocated_bytes"), error),
         phases={"type": "object", "additionalProperties": error},
     )
-    buffer = _object(
+    buffer = object_of(
         param=TEXT,
         buffer=TEXT,
-        shape=_list(BYTES),
+        shape=list_of(BYTES),
         dtype=TEXT,
-        predicted_bytes=_or_null(BYTES),
-        measured_bytes=_or_null(BYTES),
+        predicted_bytes=or_null(BYTES),
+        measured_bytes=or_null(BYTES),
     )
     passes = {"batch_size": INT, "seq_len": INT, "gradient_checkpointing": FLAG, "keep_logits": FLAG}
-    setup = _object(
-        (),
+    setup = object_of(
         recipe=TEXT,
-        **{name: _or_null(passes.get(name, TEXT)) for name in OF_PASSES},
+        **{name: or_null(passes.get(name, TEXT)) for name in OF_PASSES},
         layerwise=FLAG,
         keep_gradients=FLAG,
         gradient_accumulation=INT,
         torch=TEXT,
         device=TEXT,
-        target=_or_null(TEXTS),
+        target=or_null(TEXTS),
         gpu={"type": "null"},
     )
     environment: Schema = {"type": "object"}  # versions and settings, as they were found
-    case = _object(
+    case = object_of(
         ("buffers", "environment"),
         model=TEXT,
         method=TEXT,
@@ -200,34 +242,32 @@ def _verify() -> Schema:
         setup=setup,
         status={"enum": list(STATUSES)},
         detail=TEXT,
-        predicted=_or_null(sizes),
-        measured=_or_null(sizes),
-        rel_error=_or_null(errors),
-        paper_optimizer_state_bytes=_or_null(BYTES),
+        predicted=or_null(sizes),
+        measured=or_null(sizes),
+        rel_error=or_null(errors),
+        paper_optimizer_state_bytes=or_null(BYTES),
         seconds={"type": "number", "minimum": 0},
-        buffers=_list(buffer),
+        buffers=list_of(buffer),
         environment=environment,
     )
     share = {"type": "number", "minimum": 0}
-    off = _object(
-        (),
+    off = object_of(
         **dict.fromkeys(("model", "method", "implementation", "workload", "phase"), TEXT),
         rel_error={"type": "number"},
     )
-    summary = _object(
-        (),
+    summary = object_of(
         cases=BYTES,
         **dict.fromkeys(STATUSES, BYTES),
         **dict.fromkeys(("buffers_compared", "buffers_different", "phases_compared"), BYTES),
-        **dict.fromkeys(("worst_rel_error", "p95_rel_error", "median_rel_error"), _or_null(share)),
-        worst=_or_null(off),
+        **dict.fromkeys(("worst_rel_error", "p95_rel_error", "median_rel_error"), or_null(share)),
+        worst=or_null(off),
     )
-    return _object(
-        schema={"const": VERIFY_SCHEMA}, version=TEXT, environment=environment, cases=_list(case), summary=summary
+    return object_of(
+        schema={"const": VERIFY_SCHEMA}, version=TEXT, environment=environment, cases=list_of(case), summary=summary
     )
 
 
-SCHEMAS = {"estimate": _estimate, "models": _models, "papers": _papers, "verify": _verify}
+SCHEMAS = {"estimate": _estimate, "models": _models, "papers": _papers, "simulate": _simulate, "verify": _verify}
 
 
 def schema(name: str) -> Schema:

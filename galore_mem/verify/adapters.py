@@ -28,7 +28,8 @@ def _with(model: Any, work: Work, layers: dict[str, bool]) -> Any:
     config = peft.LoraConfig(
         r=work.job.rank, lora_dropout=0.0, target_modules=sorted(layers), fan_in_fan_out=all(layers.values())
     )
-    return peft.get_peft_model(model, config)
+    # on `meta` they are made there: to initialize wide ones in host memory first takes seconds a layer
+    return peft.get_peft_model(model, config, low_cpu_mem_usage=next(model.parameters()).device.type == "meta")
 
 
 def qlora(model: Any, work: Work) -> Any:

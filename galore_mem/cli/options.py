@@ -1,0 +1,66 @@
+"""Options that several commands have: one definition each, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from galore_mem.errors import InputError
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Bundled name, config.json, model folder, .safetensors file or index, or a cached hub id."
+    ),
+]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="Method; repeat for several. Default: all.", show_default=False)
+]
+Implementation = Annotated[str | None, typer.Option(help="Whose code: a name, or 'all'. Default: each method's first.")]
+Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank of low-rank methods and adapters.")]
+Target = Annotated[
+    str | None,
+    typer.Option(help="Linears that low-rank methods apply to, comma-separated. Default: attention and MLP."),
+]
+RecipeName = Annotated[str, typer.Option(help="pure-bf16, pure-fp16, fp32, amp-bf16, amp-fp16 or bf16-fp32-master.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Sequences per device.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", "-s", help="Tokens per sequence. Default: 2048, or the model's maximum if lower."),
+]
+Attention = Annotated[str, typer.Option(help="sdpa, eager or flash.")]
+Checkpointing = Annotated[bool, typer.Option(help="Recompute each layer in backward.")]
+Layerwise = Annotated[bool, typer.Option(help="Step and free each gradient in the backward hook.")]
+UpdateProjGap = Annotated[int | None, typer.Option(help="Steps between projector refreshes.")]
+Hyperparameters = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Another hyperparameter, as name=value; repeat for several (proj_type=left)."),
+]
+Accumulation = Annotated[int, typer.Option(help="Backward passes per step.")]
+KeepGradients = Annotated[
+    bool, typer.Option("--keep-gradients/--free-gradients", help="Between steps: zeroed, or set to None.")
+]
+Device = Annotated[str, typer.Option(help="cuda or cpu: allocator rounding, kernels, workspaces.")]
+GpuName = Annotated[str | None, typer.Option(help="Card (rtx-4090) or capacity (24GiB) to judge against.")]
+Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")]
+
+
+def assignments(texts: list[str], **given: int | None) -> dict[str, Any]:
+    """`name=value` texts as keywords, beside those that have options of their own. Raises `InputError`."""
+    found: dict[str, Any] = dict(given)
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--set takes name=value, got {text[:40]!r}")
+        if found.get(name) is not None:
+            raise InputError(f"{name} is given twice")
+        found[name] = value
+    return found
+
+
+def listed(text: str | None) -> list[str] | None:
+    """A comma-separated list; None where nothing is given."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

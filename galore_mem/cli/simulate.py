@@ -1,0 +1,132 @@
+"""`galore-mem simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from galore_mem.cli.options import (
+    Accumulation,
+    Attention,
+    BatchSize,
+    Checkpointing,
+    Device,
+    Format,
+    GpuName,
+    Hyperparameters,
+    Implementation,
+    KeepGradients,
+    Layerwise,
+    Methods,
+    Output,
+    Rank,
+    RecipeName,
+    SeqLen,
+    Target,
+    assignments,
+    listed,
+)
+from galore_mem.cli.output import check_format, check_output, dump_json, write
+from galore_mem.cli.progress import progress
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="As for estimate; also a config.json of any family of transformers, or module:function, which returns "
+            "(model, optimizer, batch).",
+        ),
+    ],
+    method: Methods = None,
+    implementation: Implementation = None,
+    rank: Rank = None,
+    target: Target = None,
+    recipe: RecipeName = "pure-bf16",
+    batch_size: BatchSize = 1,
+    seq_len: SeqLen = None,
+    attention: Attention = "sdpa",
+    gradient_checkpointing: Checkpointing = False,
+    layerwise: Layerwise = False,
+    hyperparameter: Hyperparameters = None,
+    gradient_accumulation: Accumulation = 1,
+    keep_gradients: KeepGradients = False,
+    warm_up: Annotated[
+        int | None, typer.Option(help="Of module:function, steps before the one looked at. Default: 1.", min=0)
+    ] = None,
+    device: Device = "cuda",
+    gpu: GpuName = None,
+    alloc_conf: Annotated[
+        str, typer.Option(help="The allocator's settings, as in PYTORCH_ALLOC_CONF (expandable_segments:True).")
+    ] = "",
+    full: Annotated[
+        bool, typer.Option("--full/--extrapolate", help="Trace every layer, or few, from which the others follow.")
+    ] = True,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw the run: a .png, .svg or .html file.", show_default=False)
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(help="With --format json: the timeline too, in so many points.", min=2, max=10**6)
+    ] = None,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option(help="Write the run as a .pickle that PyTorch's memory visualizer opens.", show_default=False),
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List everything that lives at the peak.")] = False,
+    format: Format = "table",
+    output: Output = None,
+) -> int:
+    """Run the real model and optimizer without values or a GPU: memory allocated and reserved, when and why.
+
+    Exit code 1: methods (or module:function) were named, with --gpu, and none of them fits.
+    """
+    check_format(format)
+    check_output(output)
+    from galore_mem.report.simulate_files import Files
+    from galore_mem.setup import Setup
+    from galore_mem.setup import recipe as find_recipe
+    from galore_mem.simulate import simulate
+    from galore_mem.simulate.subject import default_length, is_own, subject
+
+    asked = subject(model)
+    files = Files(timeline, snapshot, device, None if is_own(asked) else method or ())
+    setup = Setup(
+        recipe=find_recipe(recipe),
+        batch_size=batch_size,
+        seq_len=default_length(asked) if seq_len is None else seq_len,
+        attention=attention,
+        gradient_checkpointing=gradient_checkpointing,
+        layerwise=layerwise,
+        keep_gradients=keep_gradients,
+        gradient_accumulation=gradient_accumulation,
+        device=device,
+    )
+    with progress() as begun:
+        result = simulate(
+            asked,
+            method,
+            setup=setup,
+            implementation=implementation,
+            targets=listed(target),
+            gpu=gpu,
+            allocator=alloc_conf,
+            full=full,
+            warm_up=warm_up,
+            points=points or files.points,
+            keep_run=snapshot is not None,
+            begun=begun,
+            **assignments(hyperparameter or [], rank=rank),
+        )
+    files.write(result, alloc_conf)
+    if format == "json":
+        write(dump_json(result.to_json()), output)
+    else:
+        from galore_mem.report import simulate as report
+
+        write(report.render(result, format, everything=tensors, plain=output is not None), output)
+    verdicts = [s.fits.verdict for s in result.estimates if s.fits is not None]
+    return 1 if (method or is_own(asked)) and verdicts and all(v == "does_not_fit" for v in verdicts) else 0

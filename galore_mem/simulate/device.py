@@ -1,0 +1,111 @@
+"""A run on its device: which bytes of its allocator each allocation takes, and the highest moment of each phase."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from galore_mem.allocator.events import Alloc, Event, Free
+from galore_mem.allocator.events import Mark as Begins
+from galore_mem.allocator.replay import ReplayResult, replay
+from galore_mem.allocator.settings import AllocatorSettings
+from galore_mem.memory.tensor import CATEGORIES
+from galore_mem.simulate.trace import Bytes, Trace
+
+
+class Highest(NamedTuple):
+    """The highest moment of a phase, after event number `at`: live bytes by category, in the allocator's blocks."""
+
+    at: int
+    live: Bytes
+
+    @property
+    def total(self) -> int:
+        return sum(self.live)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that its device could serve. `blocks` are the bytes that each allocation took of the allocator, by its
+    number; `reserved` what the allocator held of the device after each event. (On the CPU a tensor's bytes, and
+    nothing is kept.)"""
+
+    trace: Trace
+    blocks: Mapping[int, int]
+    reserved: array[int] | None = None
+    replayed: ReplayResult | None = None
+
+    def moments(self) -> Iterator[tuple[int, str, list[int]]]:
+        """(number of the event before, phase, live bytes by category) where each phase begins and after each event.
+        The list is the same one, changed."""
+        live = [0] * len(CATEGORIES)
+        phases = iter(self.trace.marks)
+        phase, upcoming = "", next(phases, None)
+        for at, event in enumerate(self.trace.events):
+            while upcoming is not None and upcoming.at == at:
+                phase, upcoming = upcoming.phase, next(phases, None)
+                yield at - 1, phase, live
+            index = max(event, ~event)
+            size = self.blocks[index]
+            live[self.trace.allocations[index].category] += size if event >= 0 else -size
+            yield at, phase, live
+
+    def highest(self) -> dict[str, Highest]:
+        """The highest moment of each phase, the first of equal ones."""
+        found: dict[str, Highest] = {}
+        for at, phase, live in self.moments():
+            total = sum(live)
+            if phase not in found or total > found[phase].total:
+                found[phase] = Highest(at, (live[0], live[1], live[2], live[3], live[4]))
+        return found
+
+    def most_reserved(self) -> dict[str, int]:
+        """The most that was reserved in each phase; nothing on the CPU."""
+        found: dict[str, int] = {}
+        for phase in () if self.replayed is None else self.replayed.phases:
+            found[phase.name] = max(found.get(phase.name, 0), phase.peak_reserved_bytes)
+        return found
+
+    def slack(self, at: int) -> int:
+        """Bytes of the blocks that live after event number `at` which no tensor's own (rounded) bytes fill."""
+        return sum(self.blocks[i] - self.trace.nbytes(i) for i in self.trace.alive(at))
+
+
+def on_cpu(trace: Trace) -> Run:
+    return Run(trace, {i: trace.nbytes(i) for i in trace.events if i >= 0})
+
+
+def on_cuda(trace: Trace, settings: AllocatorSettings, capacity: int | None = None, other: int = 0) -> Run:
+    """The run through the caching allocator of a device, `other` bytes of which are taken. `replayed` tells whether it
+    could serve all of it; if not, the run is what happened until then."""
+    stream = list(requests(trace))
+    result = replay(stream, settings, capacity=capacity, other_bytes=other, timeline=True)
+    assert result.timeline is not None
+    blocks: dict[int, int] = {}
+    reserved, before = array("q"), 0
+    for event, allocated, held in zip(stream, *(result.timeline.allocated, result.timeline.reserved), strict=False):
+        if isinstance(event, Begins):
+            continue
+        if isinstance(event, Alloc):
+            blocks[event.id] = allocated - before
+        reserved.append(held)
+        before = allocated
+    return Run(trace, blocks, reserved, result)
+
+
+def requests(trace: Trace) -> Iterator[Event]:
+    """A trace as the allocator's events."""
+    phases = iter(trace.marks)
+    upcoming = next(phases, None)
+    for at, event in enumerate(trace.events):
+        while upcoming is not None and upcoming.at == at:
+            yield Begins(upcoming.phase)
+            upcoming = next(phases, None)
+        yield Alloc(event, trace.allocations[event].nbytes) if event >= 0 else Free(~event)
+
+
+def refused_at(run: Run) -> int | None:
+    """The number of the event that the device could not serve."""
+    return None if run.replayed is None or run.replayed.out_of_memory is None else len(run.reserved or ())

@@ -1,0 +1,211 @@
+"""CUDA kernels' own buffers, from the twin's tables where it has them (`galore_mem.memory`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_mem.memory import attention
+from galore_mem.simulate import branches, nf4, sorting
+from galore_mem.simulate.iteration import reduction
+from galore_mem.simulate.kernels import RESULTS, Program, Recorder, Rule, changes_only, grouped_mm, nbytes, safe_softmax
+from galore_mem.simulate.reductions import processors, scratch
+from galore_mem.units import round_up
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+
+
+def softmax_backward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program:
+    """cuda/SoftMax.cu, softmax_backward_cuda_out: grad * output, in the gradient's format."""
+    return (nbytes(args[0]), RESULTS)
+
+
+def embedding_backward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """cuda/Embedding.cu."""
+    return sorting.embedding_backward(args[1], result, branches.setup().compute_capability)
+
+
+def index_put(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """cuda/Indexing.cu, index_put_with_sort_kernel."""
+    return sorting.index_put(args, branches.setup().compute_capability)
+
+
+def reduce(element: Callable[[Tensor], int], *, wide: bool = False, place: int = 1) -> Rule:
+    """cuda/Reduce.cuh; `element`: bytes of a partial result of this operand. `wide`: numbers that are no floats are
+    first copied in the result's format (ReduceOpsUtils.h, make_reduction). `place`: which argument the dimensions
+    are."""
+
+    def rule(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+        t, out = args[0], result if isinstance(result, Tensor) else result[0]
+        if not t.numel():
+            return None
+        before: list[int] = []
+        strides, itemsize, offset = t.stride(), t.itemsize, t.storage_offset()
+        if wide and t.dtype != out.dtype and not t.is_floating_point():
+            before, itemsize, offset = [t.numel() * out.itemsize], out.itemsize, 0
+        r = reduction(t.shape, strides, itemsize, _over(args, kwargs, place), out.itemsize, offset)
+        parts = r.parts()
+        program = [*before, RESULTS]
+        own = len(before)
+        if len(parts) > 1 and t.dtype in HALF and out.dtype == t.dtype:
+            program.append(out.numel() * 4)  # AccumulationBuffer
+            own += 1
+        for part in parts:
+            found = scratch(part, element(t), processors(branches.setup().compute_capability))
+            if found is not None:
+                program += [found.partial, found.counters, ~(own + 1), ~own]
+                own += 2
+        return tuple(program) if own else None
+
+    return rule
+
+
+def _over(args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> Sequence[int]:
+    """The dimensions that a reduction is over: none for all."""
+    said = args[place] if len(args) > place else kwargs.get("dim")
+    return [said] if isinstance(said, int) else list(said or ())
+
+
+def _number(t: Tensor) -> int:
+    """Sums are in the operand's format, 16-bit ones in float32."""
+    return 4 if t.dtype in HALF else t.itemsize
+
+
+def attention_backward(kernel: str) -> Rule:
+    """Copies of operands whose rows are not in order, the gradients, then the kernel's buffers."""
+    its_out = {"flash": 4, "efficient": 5}[kernel]
+
+    def rule(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program:
+        tape = Recorder("cuda")
+        read = (args[0], args[its_out])
+        copies = [tape.bytes(nbytes(t)) for t in read if not attention.rows_in_order(tape.like(t))]
+        tape.program.append(RESULTS)
+        scratch = attention.SCRATCH[kernel](tape.like(args[1]), tape.like(args[2]))
+        program = tuple(tape.program)
+        del copies, scratch
+        return program
+
+    return rule
+
+
+def efficient_gradients(*args: Any, **kwargs: Any) -> Any:
+    """torch 2.14's kernel takes fewer key heads than query heads; 2.13's rule for tensors without values would return
+    gradients for all."""
+    op = aten._scaled_dot_product_efficient_attention_backward.default
+    q, k = args[1], args[2]
+    found = op(*args, **kwargs)
+    if q.shape[1] == k.shape[1]:
+        return found
+    _, h, s, d = k.shape
+    grads = (torch.empty_strided(k.shape, (s * h * d, d, h * d, 1), dtype=k.dtype, device=k.device) for _ in "kv")
+    return (found[0], *grads, found[3])
+
+
+def efficient_forward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer."""
+    out = result[0]
+    return (RESULTS, out.numel() * 4) if out.dtype in HALF and out.shape[-1] > 128 else None
+
+
+def svd(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program:
+    """cuda/linalg/BatchLinearAlgebraLib.cpp: status words, and the column-major copy that the driver destroys. (The
+    driver's workspace is closed source.)"""
+    matrices = args[0].numel() // (args[0].shape[-1] * args[0].shape[-2])
+    return (RESULTS, 4 * matrices, nbytes(args[0]))
+
+
+def _same(t: Tensor) -> int:
+    return t.itemsize
+
+
+def _place(t: Tensor) -> int:
+    """A value and where it is (thrust::pair with a 64-bit index)."""
+    return 16
+
+
+def _truth(t: Tensor) -> int:
+    return 1
+
+
+def grouped(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """cuda/GroupMM.cu, of bfloat16 on 9.0 and 10.x: pointers, strides and sizes of each group. (CUTLASS' workspace,
+    some KiB, is left out.) Other cards and formats loop over the groups with cuBLAS (native/GroupedMMUtils.h)."""
+    a, b, capability = args[0], args[1], branches.setup().compute_capability
+    if capability is None or capability[0] not in (9, 10) or a.dtype is not torch.bfloat16:
+        return None
+    ragged = a.dim() == b.dim() == 2
+    groups = args[2].shape[0] if ragged else (b if a.dim() == 2 else a).shape[0]
+    return (RESULTS, 3 * 8 * round_up(groups, 2) + groups * (3 * 4 + 3 * 8))
+
+
+RULES: dict[Any, Rule] = {
+    aten._grouped_mm.default: grouped,
+    aten.sum.default: reduce(_number, wide=True),
+    aten.sum.dim_IntList: reduce(_number, wide=True),
+    aten.mean.default: reduce(_number),
+    aten.mean.dim: reduce(_number),
+    aten.prod.default: reduce(_number, wide=True),
+    aten.prod.dim_int: reduce(_number, wide=True),
+    aten.linalg_vector_norm.default: reduce(_number, place=2),
+    aten.max.dim: reduce(_place),
+    aten.min.dim: reduce(_place),
+    aten.argmax.default: reduce(_place),
+    aten.argmin.default: reduce(_place),
+    aten.max.default: reduce(_same),
+    aten.min.default: reduce(_same),
+    aten.amax.default: reduce(_same),
+    aten.amin.default: reduce(_same),
+    aten.all.default: reduce(_truth),
+    aten.all.dim: reduce(_truth),
+    aten.any.default: reduce(_truth),
+    aten.any.dim: reduce(_truth),
+    aten.index_put_.default: index_put,
+    aten._index_put_impl_.default: index_put,
+    aten._softmax_backward_data.default: softmax_backward,
+    aten.embedding_dense_backward.default: embedding_backward,
+    aten._scaled_dot_product_flash_attention_backward.default: attention_backward("flash"),
+    aten._scaled_dot_product_efficient_attention_backward.default: attention_backward("efficient"),
+    aten._scaled_dot_product_efficient_attention.default: efficient_forward,
+    aten._linalg_svd.default: svd,
+    aten._safe_softmax.default: safe_softmax,
+}
+# the order in which results are made, where it is not the order in which they are returned; results that are not named
+# lie in host memory (random states of the efficient kernel, outside of graph capture)
+ORDER: dict[str, tuple[int, ...]] = {
+    "aten._linalg_svd.default": (0, 2, 1),
+    "aten._scaled_dot_product_efficient_attention.default": (0, 1),
+    "bitsandbytes.quantize_4bit.default": (1, 0),
+    "bitsandbytes.quantize_blockwise.default": (1, 0),
+}
+# operations whose results differ from those that torch gives for tensors without values
+RUN: dict[Any, Any] = {
+    aten._grouped_mm.default: grouped_mm("cuda"),
+    aten._fused_sgd_.default: changes_only,
+    aten._scaled_dot_product_efficient_attention_backward.default: efficient_gradients,
+}
+# kernels that are other operations, as functions of these
+COMPOSED: dict[str, Callable[..., Any] | None] = {"bitsandbytes::gemm_4bit": nf4.gemm_4bit}
+# products that cuBLAS does (cuda/Blas.cpp): a thread's first one makes its workspace
+CUBLAS: frozenset[Any] = frozenset(
+    (
+        aten.mm,
+        aten.addmm,
+        aten._addmm_activation,
+        aten.bmm,
+        aten.baddbmm,
+        aten.mv,
+        aten.addmv,
+        aten.dot,
+        aten.vdot,
+        aten._grouped_mm,
+    )
+)
+
+
+def rule(op: Any) -> Rule | None:
+    """The rule of an operation."""
+    return RULES.get(op)

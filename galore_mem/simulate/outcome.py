@@ -1,0 +1,97 @@
+"""From a traced run to numbers: the run on its device, each phase, the peak explained, the verdict for a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from galore_mem.allocator.settings import AllocatorSettings
+from galore_mem.estimator import fit
+from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
+from galore_mem.result import Fit, Phase
+from galore_mem.setup import Setup
+from galore_mem.simulate import told
+from galore_mem.simulate.device import Run, on_cpu, on_cuda, refused_at
+from galore_mem.simulate.explain import peak, place_of, timeline
+from galore_mem.simulate.history import history
+from galore_mem.simulate.result import SIMULATED_PHASES, Refusal, Simulation
+from galore_mem.simulate.session import Traced
+from galore_mem.simulate.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The device that is simulated, its allocator's settings, and what is wanted of a run besides numbers: a timeline
+    of so many points, the run itself."""
+
+    device: str
+    settings: AllocatorSettings
+    card: Gpu | None = None
+    points: int | None = None
+    keep_run: bool = False
+
+    @property
+    def outside(self) -> int:
+        """Bytes that the CUDA context takes."""
+        return (self.card or DEFAULT_CONTEXT).context if self.device == "cuda" else 0
+
+    def serve(self, trace: Trace) -> tuple[Run, Refusal | None, int | None]:
+        """The run, and, where the card is too small for it, the request that it refuses with the number of its event.
+        (The run is then one on a card with room.)"""
+        if self.device == "cpu":
+            return on_cpu(trace), None, None
+        if self.card is None:
+            return on_cuda(trace, self.settings), None, None
+        run = on_cuda(trace, self.settings, self.card.capacity, min(self.outside, self.card.capacity))
+        at = refused_at(run)
+        if at is None:
+            return run, None, None
+        roomy = replace(self.settings, per_process_memory_fraction=1.0)
+        return on_cuda(trace, roomy), _refusal(run, at), at
+
+
+def completed(made: Simulation, traced: Traced, setup: Setup, target: Target) -> Simulation:
+    """A simulation with all that the trace and the device tell."""
+    trace = history(traced.trace, hooks=setup.layerwise)
+    run, refusal, refused = target.serve(trace)
+    highest, reserved = run.highest(), run.most_reserved()
+    weights, gradients, state = traced.measured[:3]
+    found = replace(
+        made,
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        optimizer_state_bytes=state,
+        phases=tuple(
+            Phase(name, highest[name].live, None, reserved.get(name), run.slack(highest[name].at))
+            for name in sorted(highest, key=SIMULATED_PHASES.index)
+        ),
+        outside_allocator_bytes=target.outside,
+        peak_reserved_bytes=max(reserved.values(), default=None),
+        assumptions=(*made.assumptions, *told.of_run(traced, setup, target.card, target.settings)),
+        refusal=refusal,
+        retries=None if run.replayed is None else run.replayed.stats.num_alloc_retries,
+        events=len(trace.events),
+        layers_traced=traced.layers,
+        timeline=None if target.points is None else timeline(run, target.points, refused),
+        run=run if target.keep_run else None,
+    )
+    top = found.peak.name
+    found = replace(found, at_peak=peak(run, highest[top].at, top))
+    return found if target.card is None else replace(found, fits=_fit(found, target.card, target.settings))
+
+
+def _refusal(run: Run, at: int) -> Refusal:
+    assert run.replayed is not None
+    error = run.replayed.out_of_memory
+    assert error is not None
+    sizes = (error.requested, error.tried, error.allocated, error.reserved, error.free)
+    return Refusal(place_of(run.trace, at), *sizes, str(error))
+
+
+def _fit(made: Simulation, card: Gpu, settings: AllocatorSettings) -> Fit:
+    """What was served fits; tightly, where cached memory had to be given back for it."""
+    found = fit(made.device_bytes, card)
+    allowed = int(settings.per_process_memory_fraction * card.capacity) - (made.peak_reserved_bytes or 0)
+    found = found._replace(headroom_bytes=min(found.headroom_bytes, allowed))
+    if made.refusal is not None:
+        return found._replace(verdict="does_not_fit")
+    return found._replace(verdict="tight") if made.retries else found

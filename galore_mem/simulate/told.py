@@ -1,0 +1,93 @@
+"""What a simulated run says besides numbers: what was run, on what, and what is not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from galore_mem.allocator.export import settings_text
+from galore_mem.allocator.settings import AllocatorSettings
+from galore_mem.estimator import GENERAL_NOT_COUNTED, max_positions
+from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
+from galore_mem.memory.phases import Work
+from galore_mem.setup import Setup
+from galore_mem.simulate.session import Traced
+from galore_mem.simulate.tracer import WORKSPACE
+from galore_mem.simulate.values import Assumed
+from galore_mem.units import format_bytes
+from galore_mem.verify.builders import GAP, Builder
+
+NOT_COUNTED = (
+    "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor",
+    "scratch of kernels that no table here has (sums over many rows, index sorting); libraries' own memory",
+    *GENERAL_NOT_COUNTED[1:],
+)
+KERNELS = {
+    "_scaled_dot_product_flash_attention": "flash",
+    "_scaled_dot_product_efficient_attention": "efficient",
+    "_scaled_dot_product_attention_math": "math",
+    "_scaled_dot_product_flash_attention_for_cpu": "the CPU's",
+}
+
+
+def stack(settings: AllocatorSettings, *, full: bool) -> dict[str, Any]:
+    """Of a result's setup, what is real: the releases that ran, the allocator's settings, which layers were traced."""
+    return {
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "allocator": settings_text(settings),
+        "full": full,
+    }
+
+
+def of_work(work: Work, row: Builder) -> Iterator[str]:
+    """A method's run, its formats and its steps."""
+    setup = work.setup
+    r = setup.recipe
+    yield f"recipe {r.name}: weights and gradients {r.weights}" + (f", autocast {r.autocast}" if r.autocast else "")
+    steps = "one step that makes the state, a plain one"
+    if work.code.refreshes and row.refresh is not None:
+        steps += f", one that renews projectors (every {GAP} steps instead of the update_proj_gap)"
+    yield f"steps from the start of the process: {steps}; gradients are None at the start of each"
+    yield (
+        f"eager PyTorch {version('torch')}, transformers {version('transformers')}, attention {setup.attention}, "
+        + ("non-reentrant checkpointing of each layer" if setup.gradient_checkpointing else "no checkpointing")
+    )
+    limit = max_positions(work.model)
+    if limit is not None and setup.seq_len > limit:
+        yield f"seq-len {setup.seq_len} is beyond the {limit} positions of the config"
+    yield from work.code.notes
+    yield from row.remarks
+
+
+def of_step(setup: Setup, about: Mapping[str, Any], warm_up: int) -> Iterator[str]:
+    """The run of a training step of the user's own."""
+    cast = f", autocast {setup.recipe.autocast}" if setup.recipe.autocast else ""
+    yield f"weights {' and '.join(about['formats'])}, as they are made{cast}"
+    between = "zeroed and kept" if setup.keep_gradients else "set to None"
+    yield f"steps from the start of the process, {warm_up} before the one looked at; gradients are {between} after each"
+    yield f"eager PyTorch {version('torch')}"
+
+
+def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSettings) -> Iterator[str]:
+    """The device, and what the program was told about values that nothing has."""
+    ran = {one.op.removeprefix("aten.").partition(".")[0] for one in traced.trace.allocations if "attention" in one.op}
+    kernels = sorted({KERNELS[op] for op in ran if op in KERNELS})
+    if kernels:
+        yield f"attention kernel {', '.join(kernels)}"
+    if setup.device == "cuda":
+        outside = card or DEFAULT_CONTEXT
+        yield f"CUDA context {format_bytes(outside.context)}: {outside.evidence}"
+        yield f"caching allocator ({settings_text(settings) or 'default settings'}), one stream"
+        kept = [one.nbytes for one in traced.trace.allocations if one.op == WORKSPACE]
+        if kept:
+            yield f"cuBLAS keeps {len(kept)} x {kept[0]:,} bytes, among the temporaries"
+    yield from traced.notes
+    yield from dict.fromkeys(assumption(one) for one in traced.assumed)
+
+
+def assumption(one: Assumed) -> str:
+    """A value that the program asked for."""
+    where = one.module or "the program"
+    return f"where {where} asks for a value ({one.dtype}) it is told {one.answer}"
