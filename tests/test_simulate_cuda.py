@@ -207,6 +207,25 @@ def test_products_of_groups(capability: tuple[int, int], more: list[int]) -> Non
     assert taken(program, setup) == [20, 40 * 24 * 2, *more]
 
 
+def test_efficient_attention_of_groups() -> None:
+    """torch 2.14's kernel on a T4: four query heads and two key heads of 64 x 16 in float16. The output and a float32 a
+    row; gradients of query, key and value; a float32 a row, and for each head a tile of 64 x 64 and 16 B of locks. Then
+    the leaves' gradients, in their own layout."""
+
+    def program(meter: TraceMeter) -> None:
+        q, k, v = (
+            torch.empty(1, heads, 64, 16, dtype=torch.float16, device=META, requires_grad=True) for heads in (4, 2, 2)
+        )
+        grad = torch.empty(1, 64, 4, 16, dtype=torch.float16, device=META).transpose(1, 2)
+        meter.enter("here")
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out.backward(grad)
+
+    setup = Setup(recipe("pure-fp16"), device="cuda", torch="2.14", compute_capability=(7, 5))
+    gradients = [8192, 4096, 4096]
+    assert taken(program, setup) == [8192, 1024, *gradients, 1024, 4 * (64 * 64 * 4 + 16), *gradients]
+
+
 # -- branches by card, beside the estimate --------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from galore_mem.simulate.kernels import Program
 
 Op = Any  # an overload, as torch hands it to a dispatch mode
 SCALARS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+ALIGNED = 4  # elements that a kernel loads at once: where a tensor begins decides whether it may (`reductions`)
 FRESH, IN_PLACE, RUN = "returns new tensors", "changes what it is given", "has to run"
 
 
@@ -95,7 +96,7 @@ def described(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             raise NotRemembered
-        return value.shape, value.stride(), value.dtype, value.is_meta
+        return value.shape, value.stride(), value.dtype, value.is_meta, value.storage_offset() % ALIGNED
     if isinstance(value, SCALARS):
         return value.__class__, value
     if isinstance(value, list | tuple):
