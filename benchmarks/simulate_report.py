@@ -115,7 +115,7 @@ def cpu(lines: Sequence[Line]) -> Iterator[str]:
     yield "</details>"
 
 
-SCALARS = 128  # bytes
+SCALARS = 256  # bytes: numbers, 8 each; LoRA keeps one for each adapter
 
 
 def errors(found: Mapping[str, Any]) -> Iterator[str]:

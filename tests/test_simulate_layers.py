@@ -7,15 +7,16 @@ from random import Random
 from typing import Any
 
 import pytest
-from simulate_models import work
+from simulate_models import config, work
 from simulate_runs import alike
+from torch.optim import SGD
 
 from galore_mem.estimator import Case, budget, given_for
 from galore_mem.memory.tensor import ACTIVATIONS, CATEGORIES, GRADIENTS, OPTIMIZER_STATE, TEMPORARIES, WEIGHTS
 from galore_mem.methods.registry import method
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.depths import Pattern, cut, pattern
-from galore_mem.simulate.layers import WHOLE, trace_layers
+from galore_mem.simulate.layers import WHOLE, from_config, trace_layers
 from galore_mem.simulate.models import work_of
 from galore_mem.simulate.repeat import Block, Part, Parts, Unlike, repeated
 from galore_mem.simulate.trace import Allocation, Mark, Trace
@@ -28,7 +29,6 @@ from galore_mem.verify.builders import builder
 @pytest.mark.parametrize(
     ("model", "layers", "method", "implementation", "options", "ran"),
     [
-        ("llama", 10, "adamw", "torch-loop", {}, (2, 3, 4)),
         ("gpt_neox", 10, "adamw", "torch-foreach", {"gradient_checkpointing": True}, (2, 3, 4)),
         # sliding and full attention take turns: two layers at a time
         ("gemma2", 14, "adamw", "torch-foreach", {}, (2, 4, 6)),
@@ -60,6 +60,17 @@ def test_the_result_says_what_ran() -> None:
     short = trace_layers(run, builder("adamw", "torch-loop"), told=told.append)
     assert short.notes == ("10 layers, from traces of 2, 3 and 4, which show what a layer adds",)
     assert told == ["2 of 10 layers", "3 of 10 layers", "4 of 10 layers"]
+
+
+def test_an_optimizer_of_ones_own() -> None:
+    """SGD with momentum keeps as many bytes as there are weights; the method's own builder gives the same trace."""
+    setup = Setup(recipe("fp32"), device="cuda", batch_size=2, seq_len=32)
+    keys = config("qwen3", num_hidden_layers=10)
+    found = from_config(keys, setup, lambda model: SGD(model.parameters(), momentum=0.9, foreach=False))
+    assert found.layers == (2, 3, 4)
+    assert found.measured.optimizer_state == found.measured.weights
+    usual = from_config(keys, setup, "sgd", "torch-loop", {"momentum": 0.9})
+    assert found.trace.peaks()["step"] == usual.trace.peaks()["step"]
 
 
 def test_few_layers_are_all_traced() -> None:
@@ -114,8 +125,8 @@ def test_layers_that_are_kept() -> None:
 
 
 def test_a_config_is_cut_with_its_lists() -> None:
-    config = {"layers": 4, "layer_types": ["s", "f", "s", "f"], "other": [1, 2], "name": "abcd"}
-    assert cut(config, "layers", [0, 1]) == {"layers": 2, "layer_types": ["s", "f"], "other": [1, 2], "name": "abcd"}
+    keys = {"layers": 4, "layer_types": ["s", "f", "s", "f"], "other": [1, 2], "name": "abcd"}
+    assert cut(keys, "layers", [0, 1]) == {"layers": 2, "layer_types": ["s", "f"], "other": [1, 2], "name": "abcd"}
 
 
 # -- traces, by hand -----------------------------------------------------------------------------------------

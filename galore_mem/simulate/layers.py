@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from galore_mem.memory.phases import Work
+from galore_mem.methods.registry import method
+from galore_mem.setup import Setup
 from galore_mem.simulate.depths import Pattern, pattern
-from galore_mem.simulate.models import Stack, built, stack_of, with_layers
+from galore_mem.simulate.models import Stack, built, spec_of, stack_of, with_layers, work_of
 from galore_mem.simulate.repeat import LAYER, Affine, Unlike, repeated
 from galore_mem.simulate.session import Traced, trace_work
-from galore_mem.verify.builders import Builder
+from galore_mem.verify.builders import Builder, Request, builder
 from galore_mem.verify.workloads import Measured
 
 ATTEMPTS = 2  # how often with more layers, where what a layer adds was not found
@@ -18,6 +25,7 @@ WHOLE = "every layer was traced"
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm")
 EXPERTS = "experts: all tokens' rows go through products of groups, so which experts they choose changes no size"
 Told = Callable[[str], None]
+Factory = Callable[[nn.Module], Optimizer]
 
 
 def trace_layers(work: Work, row: Builder, *, full: bool = False, told: Told = lambda what: None) -> Traced:
@@ -33,6 +41,26 @@ def trace_layers(work: Work, row: Builder, *, full: bool = False, told: Told = l
             why = f"; {reason}"
     told(f"{count} layers" if count else "the model")
     return _noted(trace_work(work, row), (count,) if count else (), WHOLE + why)
+
+
+def from_config(
+    config: Mapping[str, Any], setup: Setup, optimizer: str | Factory = "adamw", implementation: str | None = None,
+    hyperparameters: Mapping[str, Any] | None = None, *, full: bool = False,
+) -> Traced:  # fmt: skip
+    """A training run of any language model that transformers has, from the keys of its config.json. `optimizer` is a
+    method of the registry, with one of its implementations and its hyperparameters, or makes one for a model."""
+    spec = spec_of(config, str(config.get("model_type")))
+    if not isinstance(optimizer, str):
+        row = Builder(partial(_made, optimizer), refresh=None)
+        return trace_layers(work_of(spec, setup, "adamw"), row, full=full)
+    code = method(optimizer).implementation(implementation).name
+    work = work_of(spec, setup, optimizer, code, hyperparameters)
+    return trace_layers(work, builder(optimizer, code), full=full)
+
+
+def _made(factory: Factory, request: Request) -> Optimizer:
+    assert request.model is not None
+    return factory(request.model)
 
 
 def _from_shallow(work: Work, row: Builder, stack: Stack, told: Told) -> Traced:
