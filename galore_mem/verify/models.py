@@ -87,13 +87,17 @@ def members_of(model: torch.nn.Module, work: Work) -> list[Member]:
 
 
 def batch(work: Work, device: torch.device) -> Callable[[], dict[str, Tensor]]:
-    """A function that makes the inputs anew, as a data loader does."""
-    vocabulary = int(work.model.config.get("vocab_size", 2))
-    shape = work.setup.batch_size, work.setup.seq_len
+    """A function that makes the inputs anew, as a data loader does. A classifier's labels are classes, one a sequence or
+    one a token."""
+    config = work.model.config
+    vocabulary, head = int(config.get("vocab_size", 2)), (config.get("architectures") or [""])[0]
+    shape, classes = (work.setup.batch_size, work.setup.seq_len), int(config.get("num_labels") or 2)
+    labelled = shape[:1] if head.endswith("SequenceClassification") else shape
 
     def inputs() -> dict[str, Tensor]:
         ids = torch.randint(min(5, vocabulary - 1), vocabulary, shape, device=device)
-        return {"input_ids": ids, "labels": ids.clone()}
+        labels = torch.randint(classes, labelled, device=device) if "Classification" in head else ids.clone()
+        return {"input_ids": ids, "labels": labels}
 
     return inputs
 
