@@ -282,9 +282,7 @@ def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | 
         + (f", autocast {r.autocast}" if r.autocast else "")
         + (f", master weights {r.master}" if r.master else "")
     )
-    yield "a step in steady state (optimizer state exists, gradients " + (
-        "are zeroed and kept)" if setup.keep_gradients else "are None at the start)"
-    )
+    yield f"a step in steady state: optimizer state exists; {setup.loop}"
     if work.forward is not None:
         yield (
             f"eager PyTorch {setup.torch}, transformers {setup.transformers}, attention {setup.attention}, "

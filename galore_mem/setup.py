@@ -11,6 +11,12 @@ from galore_mem.errors import InputError, unknown
 ATTENTION = ("sdpa", "eager", "flash")
 LOSSES = ("eager", "fused", "chunked")
 DEVICES = ("cuda", "cpu")
+# Until when the loop holds what forward returned: it lets it go before backward, or after it, or after the step.
+KEPT_LOGITS = ("none", "backward", "step")
+HELD = {
+    "none": "is dropped before backward", "backward": "lives until backward is over",
+    "step": "lives until the step is over",
+}  # fmt: skip
 # Versions of transformers whose modelling code the families follow; the newest is the default.
 TRANSFORMERS = ("4.57", "5.23")
 # Versions of torch that differ in which attention kernel runs; the one the tests run with is the default.
@@ -60,8 +66,9 @@ class Setup:
     """The training loop and its inputs.
 
     The loop's defaults are those of the transformers Trainer: gradients are set to None after each step
-    (`keep_gradients=False`), the model's output is dropped before backward (`keep_logits=False`), no
-    key/value cache, non-reentrant checkpointing.
+    (`keep_gradients=False`; True zeroes them), the model's output is dropped before backward (`keep_logits="none"`),
+    no key/value cache, non-reentrant checkpointing. A loop whose variable `outputs` is deleted after `loss.backward()`
+    has `keep_logits="backward"`, one in which it lives until the step is over `"step"`.
 
     `device` decides what differs between allocators and kernels: on `cuda` sizes are rounded to blocks of
     512 bytes, cuBLAS workspaces are resident and torch's step counters stay on the host; on `cpu`
@@ -76,7 +83,7 @@ class Setup:
     loss: str = "eager"
     layerwise: bool = False
     keep_gradients: bool = False
-    keep_logits: bool = False
+    keep_logits: str = KEPT_LOGITS[0]
     gradient_accumulation: int = 1
     transformers: str = TRANSFORMERS[-1]
     torch: str = TORCH[0]
@@ -95,6 +102,7 @@ class Setup:
             ("attention", self.attention, ATTENTION),
             ("loss", self.loss, LOSSES),
             ("device", self.device, DEVICES),
+            ("keep-logits", self.keep_logits, KEPT_LOGITS),
             ("transformers version", self.transformers, TRANSFORMERS),
             ("torch version", self.torch, TORCH),
         ):
@@ -104,6 +112,12 @@ class Setup:
             raise InputError("--layerwise frees each gradient in the backward hook; it excludes --keep-gradients")
         if self.layerwise and self.gradient_accumulation > 1:
             raise InputError("--layerwise steps in every backward pass; it excludes --gradient-accumulation above 1")
+
+    @property
+    def loop(self) -> str:
+        """What the training loop leaves behind, in words."""
+        gradients = "zeroed and kept" if self.keep_gradients else "None at the start"
+        return f"gradients are {gradients}; the model's output {HELD[self.keep_logits]}"
 
     @property
     def granularity(self) -> int:

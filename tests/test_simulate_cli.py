@@ -106,7 +106,6 @@ def test_a_step_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--snapshot", "run.pickle"], "name one method"),
         (["--method", "sgd", "--rank", "0"], "rank"),
         (["--method", "no-such"], "unknown method"),
-        (["--keep-gradients", "--method", "sgd"], "--keep-gradients can be estimated"),
     ],
 )
 def test_what_is_wrong_is_one_line(words: list[str], expected: str, model: str) -> None:

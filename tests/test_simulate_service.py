@@ -189,8 +189,6 @@ def test_configs_that_are_refused(config: dict[str, Any], expected: str, tmp_pat
     ("given", "expected"),
     [
         ({"setup": Setup(seq_len=16, loss="fused")}, "a fused one can be estimated"),
-        ({"setup": Setup(seq_len=16, keep_logits=True)}, "drops the model's output before backward"),
-        ({"setup": Setup(seq_len=16, keep_gradients=True)}, "sets gradients to None"),
         ({"warm_up": 2}, "--warm-up is for module:function"),
         ({"allocator": "backend:cudaMallocAsync"}, "only native is"),
         ({"setup": Setup(seq_len=16, device="cpu"), "gpu": "24GiB"}, "leave them out with --device cpu"),

@@ -15,6 +15,7 @@ from allocator_cases import random_program
 from spec_inputs import line
 from torch.cuda import _memory_viz
 
+from galore_mem.allocator.device import Device
 from galore_mem.allocator.events import Alloc, Event, Free, Mark
 from galore_mem.allocator.export import Description, Frame, memory_snapshot, write_snapshot
 from galore_mem.allocator.recorded import compare
@@ -123,7 +124,7 @@ def test_what_is_written_is_read_back(text: str, tmp_path: Path) -> None:
     """The file, read as a recording, replays exactly under the settings it names."""
     options = parse_settings(text)
     events = random_program(600, seed=4)
-    found, result = snapshot(events, settings=options, capacity=600 * MIB, device=2)
+    found, result = snapshot(events, settings=options, on=Device(600 * MIB), device=2)
     path = tmp_path / "snapshot.pickle"
     write_snapshot(path, found)
     recording = read_snapshot(path)
@@ -137,7 +138,7 @@ def test_what_is_written_is_read_back(text: str, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_in_the_trace() -> None:
-    found, result = snapshot([Alloc(1, 40 * MIB)], capacity=30 * MIB)
+    found, result = snapshot([Alloc(1, 40 * MIB)], on=Device(30 * MIB))
     assert result.out_of_memory_at == 0
     [event] = found["device_traces"][0]
     assert (event["action"], event["device_free"], event["size"]) == ("oom", 30 * MIB, 40 * MIB)

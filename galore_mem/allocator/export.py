@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from galore_mem.allocator.blocks import SegmentLayout
+from galore_mem.allocator.device import Device
 from galore_mem.allocator.events import Alloc, Event, Mark
+from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.replay import ReplayResult, replay
 from galore_mem.allocator.settings import UNLIMITED, AllocatorSettings
 from galore_mem.errors import InputError
@@ -51,21 +53,19 @@ def memory_snapshot(
     events: Iterable[Event],
     settings: AllocatorSettings | None = None,
     *,
-    capacity: int | None = None,
-    other_bytes: int = 0,
+    on: Device | None = None,
     describe: Describe = describe_nothing,
     device: int = 0,
 ) -> tuple[dict[str, Any], ReplayResult]:
-    """Replay the events and return the snapshot at their end, with the replay's result.
+    """Replay the events on a device (None: one without a limit) and return the snapshot at their end, with the
+    replay's result.
 
     `describe` tells of an allocation by its id. Times are the numbers of events, as the model knows no clock; each
     event's metadata names its phase (`Mark`).
     """
     settings = settings or AllocatorSettings()
     writer = _Writer(describe, device)
-    result = replay(
-        writer.follow(events), settings, capacity=capacity, other_bytes=other_bytes, observer=writer.observe
-    )
+    result = replay(writer.follow(events), allocator=new_allocator(settings, on, writer.observe))
     traces: list[list[dict[str, Any]]] = [[] for _ in range(device)] + [writer.trace]
     snapshot = {
         "segments": [writer.segment(segment) for segment in result.layout],

@@ -17,6 +17,7 @@ from galore_mem.cli.options import (
     Hyperparameters,
     Implementation,
     KeepGradients,
+    KeepLogits,
     Layerwise,
     Methods,
     Model,
@@ -25,6 +26,8 @@ from galore_mem.cli.options import (
     RecipeName,
     SeqLen,
     Target,
+    Torch,
+    Transformers,
     UpdateProjGap,
     assignments,
     listed,
@@ -52,12 +55,9 @@ def command(
     hyperparameter: Hyperparameters = None,
     gradient_accumulation: Accumulation = 1,
     keep_gradients: KeepGradients = False,
-    keep_logits: Annotated[
-        bool,
-        typer.Option("--keep-logits/--free-logits", help="Does the loop hold the model's output through backward?"),
-    ] = False,
-    transformers: Annotated[str, typer.Option(help="Whose behaviour is modelled: 4.57 or 5.23.")] = "5.23",
-    torch: Annotated[str, typer.Option(help="Whose behaviour is modelled: 2.13 or 2.14.")] = "2.13",
+    keep_logits: KeepLogits = "none",
+    transformers: Transformers = None,
+    torch: Torch = None,
     device: Device = "cuda",
     gpu: GpuName = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print the equations with the numbers put in.")] = False,
@@ -71,7 +71,7 @@ def command(
     """
     check_format(format)
     from galore_mem.estimator import default_seq_len, estimate
-    from galore_mem.setup import Setup
+    from galore_mem.setup import TORCH, TRANSFORMERS, Setup
     from galore_mem.setup import recipe as find_recipe
     from galore_mem.spec.resolve import resolve
 
@@ -87,8 +87,8 @@ def command(
         keep_gradients=keep_gradients,
         keep_logits=keep_logits,
         gradient_accumulation=gradient_accumulation,
-        transformers=transformers,
-        torch=torch,
+        transformers=transformers or TRANSFORMERS[-1],
+        torch=torch or TORCH[0],
         device=device,
     )
     result = estimate(

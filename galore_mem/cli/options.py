@@ -42,6 +42,15 @@ Accumulation = Annotated[int, typer.Option(help="Backward passes per step.")]
 KeepGradients = Annotated[
     bool, typer.Option("--keep-gradients/--free-gradients", help="Between steps: zeroed, or set to None.")
 ]
+KeepLogits = Annotated[
+    str, typer.Option(help="Until when the loop holds what forward returned: none, backward or step.")
+]
+Transformers = Annotated[
+    str | None, typer.Option(help="Release whose behavior is modelled: 4.57 or 5.23.", show_default=False)
+]
+Torch = Annotated[
+    str | None, typer.Option(help="Release whose behavior is modelled: 2.13 or 2.14.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="cuda or cpu: allocator rounding, kernels, workspaces.")]
 GpuName = Annotated[str | None, typer.Option(help="Card (rtx-4090) or capacity (24GiB) to judge against.")]
 Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")]

@@ -18,6 +18,7 @@ from galore_mem.cli.options import (
     Hyperparameters,
     Implementation,
     KeepGradients,
+    KeepLogits,
     Layerwise,
     Methods,
     Output,
@@ -25,6 +26,8 @@ from galore_mem.cli.options import (
     RecipeName,
     SeqLen,
     Target,
+    Torch,
+    Transformers,
     assignments,
     listed,
 )
@@ -55,9 +58,12 @@ def command(
     hyperparameter: Hyperparameters = None,
     gradient_accumulation: Accumulation = 1,
     keep_gradients: KeepGradients = False,
+    keep_logits: KeepLogits = "none",
     warm_up: Annotated[
         int | None, typer.Option(help="Of module:function, steps before the one looked at. Default: 1.", min=0)
     ] = None,
+    transformers: Transformers = None,
+    torch: Torch = None,
     device: Device = "cuda",
     gpu: GpuName = None,
     alloc_conf: Annotated[
@@ -87,10 +93,11 @@ def command(
     check_format(format)
     check_output(output)
     from galore_mem.report.simulate_files import Files
-    from galore_mem.setup import Setup
+    from galore_mem.setup import TORCH, TRANSFORMERS, Setup
     from galore_mem.setup import recipe as find_recipe
     from galore_mem.simulate import simulate
     from galore_mem.simulate.subject import default_length, is_own, subject
+    from galore_mem.verify.predict import modelled
 
     asked = subject(model)
     files = Files(timeline, snapshot, device, None if is_own(asked) else method or ())
@@ -102,6 +109,9 @@ def command(
         gradient_checkpointing=gradient_checkpointing,
         layerwise=layerwise,
         keep_gradients=keep_gradients,
+        keep_logits=keep_logits,
+        transformers=transformers or modelled("transformers", TRANSFORMERS),
+        torch=torch or modelled("torch", TORCH),
         gradient_accumulation=gradient_accumulation,
         device=device,
     )

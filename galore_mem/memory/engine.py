@@ -15,6 +15,7 @@ from sys import getrefcount
 from typing import TYPE_CHECKING, cast
 
 from galore_mem.dtypes import FLOAT32, DType
+from galore_mem.memory.reductions import reduce
 from galore_mem.memory.strides import Shape, is_dense, result_strides
 from galore_mem.memory.tensor import GRADIENTS, Grads, Node, Storage, Tensor
 
@@ -156,12 +157,18 @@ def _fit(tape: Tape, results: list[Tensor | None], i: int, shape: Shape, dtype: 
     grad = results[i]
     assert grad is not None
     if grad.shape != shape:
-        leading = len(grad.shape) > len(shape)
-        results[i] = grad = tape.empty(shape, grad.dtype)
-        if leading:
-            results[i] = grad = grad.like(shape)
+        leading = len(grad.shape) - len(shape)
+        summed = tape.empty(shape, grad.dtype)
+        reduce(grad, (*range(leading), *_broadcast(grad.shape[leading:], shape, leading)))
+        results[i] = grad = summed.like(shape) if leading else summed
+        del summed
     if grad.dtype is not dtype:
         results[i] = tape.empty(shape, dtype, strides=result_strides(shape, grad.layout))
+
+
+def _broadcast(shape: Shape, wanted: Shape, first: int) -> list[int]:
+    """The dimensions that were expanded from 1, counted from `first` on."""
+    return [first + i for i, (n, size) in enumerate(zip(shape, wanted, strict=True)) if size == 1 != n]
 
 
 def _add(tape: Tape, slots: list[Tensor | None], index: int, grad: Tensor | None) -> None:

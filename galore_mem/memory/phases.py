@@ -56,7 +56,7 @@ class Work(NamedTuple):
         return Layout(self.model, self.code, self.job, self.targets)
 
     def tape(self) -> Tape:
-        return Tape(self.setup.granularity, self.setup.device)
+        return Tape(self.setup.granularity, self.setup.device, self.setup.compute_capability)
 
 
 NOTHING: Bytes = (0, 0, 0, 0, 0)
@@ -173,10 +173,11 @@ def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
         with tape.autocast_region(setup.recipe.autocast):
             loss, outputs = work.forward(network, ids, labels)
         del ids, labels
-        if not setup.keep_logits:
+        if setup.keep_logits == "none":
             outputs = ()
         _backward(network, loss, "refresh" if refresh else "backward")
-        if not setup.keep_logits:
+        if setup.keep_logits != "step":
+            outputs = ()
             loss = loss.detach()  # what is left of the graph goes
             network.dropped()
         live = tape.live  # the loss, and the outputs if they are kept, lie there during the step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from galore_mem.dtypes import BOOL, DType, promote
 from galore_mem.memory.autocast import autocast_wide
+from galore_mem.memory.reductions import reduce
 from galore_mem.memory.strides import broadcast, result_strides
 from galore_mem.memory.tape import Grads, Tensor
 from galore_mem.memory.views import Incoming, Kept, first
@@ -159,6 +160,7 @@ def mean_last(t: Tensor) -> Tensor:
 
     node = t.tape.node("MeanBackward", (t,), (), backward)
     out = t.tape.empty((*full[:-1], 1), t.dtype)
+    reduce(t, (-1,))
     t.tape.bind(node, out)
     return out
 

@@ -81,9 +81,12 @@ class Peak:
 class Tape:
     """Counts live bytes by category, records the graph, runs backward."""
 
-    def __init__(self, granularity: int = 1, device: str = "cuda") -> None:
+    def __init__(
+        self, granularity: int = 1, device: str = "cuda", capability: tuple[int, int] | None = None
+    ) -> None:  # the card's compute capability, where it is known
         self.granularity = granularity
         self.device = device
+        self.capability = capability
         self.live = [0, 0, 0, 0, 0]
         self.total = 0
         self.peaks: dict[Segment, Peak] = {}

@@ -28,7 +28,7 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )  # fmt: skip
-from galore_mem.methods.eager import as_float32, mean
+from galore_mem.methods.eager import as_float32, mean, norm
 
 
 def _first_moment(job: Job) -> bool:
@@ -92,8 +92,8 @@ def step_transformers(slots: Slots, job: Job, refresh: bool) -> None:
         slot.keep(Buffer("RMS", (), FLOAT32))
         update = squared_plus_eps(slot, shape)
         if factored(slot.param):
-            for reduced in (rows(shape), cols(shape)):
-                mean(slot, job, shape, FLOAT32, reduced)
+            for over in (-1, -2):
+                mean(slot, job, shape, FLOAT32, over)
             update = approx_sq_grad(slot, shape)
         else:
             update = slot.new(shape, FLOAT32)  # exp_avg_sq.rsqrt().mul_(grad)
@@ -124,11 +124,11 @@ def step_loop(slots: Slots, job: Job, refresh: bool) -> None:
     for slot in slots:
         shape, dtype = slot.param.shape, slot.param.dtype
         if factored(slot.param):
-            row, col = _kept_dims(shape)
-            row_mean = slot.new(row, dtype)
-            col_mean = slot.new(col, dtype)
+            row, _ = _kept_dims(shape)
+            row_mean = norm(slot, shape, dtype, -1, keep=True)
+            col_mean = norm(slot, shape, dtype, -2, keep=True)
             var_estimate = slot.new(shape, dtype)
-            mean(slot, job, row, dtype, (*shape[:-2], 1, 1))
+            mean(slot, job, row, dtype, -2, keep=True)
         else:
             grad_squared = slot.like()
             var_estimate = slot.like()
@@ -151,12 +151,12 @@ def group(slots: Slots, *, matrices: bool) -> Iterator[Slot]:
 
 
 def _updates_of_matrices(slots: Slots, job: Job) -> list[Tensor]:
-    for side in (0, 1):
-        means = [slot.new(_kept_dims(slot.param.shape)[side], slot.param.dtype) for slot in group(slots, matrices=True)]
+    for over in (-1, -2):
+        means = [norm(slot, slot.param.shape, slot.param.dtype, over, keep=True) for slot in group(slots, matrices=True)]
         del means
     updates = [slot.like() for slot in group(slots, matrices=True)]
     averages = [
-        mean(slot, job, _kept_dims(slot.param.shape)[0], slot.param.dtype, (*slot.param.shape[:-2], 1, 1))
+        mean(slot, job, _kept_dims(slot.param.shape)[0], slot.param.dtype, -2, keep=True)
         for slot in group(slots, matrices=True)
     ]
     del averages

@@ -17,10 +17,13 @@ head, one value per MLP matrix.
 
 from __future__ import annotations
 
+from math import prod
+
 from galore_mem.dtypes import BOOL, DType, at_least_float32
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adam_mini_peers as peers
 from galore_mem.methods.base import Buffer, Citation, Implementation, Job, Method, Slot, Slots, Trained
+from galore_mem.methods.eager import norm
 from galore_mem.partition import Partition, partition
 
 
@@ -50,10 +53,12 @@ def rows_shape(part: Partition) -> Shape:
     return (1, part.rows) if part.dim else (part.rows, 1)
 
 
-def mean_squares(slot: Slot, part: Partition) -> Tensor:
-    """`vector_norm` over each row, squared in float32; then the means of blocks."""
+def mean_squares(slot: Slot, part: Partition, given: Shape | None = None) -> Tensor:
+    """`vector_norm` over each row of the gradient (or of a matrix of the shape `given`), squared in float32; then the
+    means of blocks."""
     p = slot.param
-    norms = slot.new(rows_shape(part), p.dtype)
+    along = prod(given or p.shape) // part.rows
+    norms = norm(slot, (along, part.rows) if part.dim else (part.rows, along), p.dtype, 1 - part.dim, keep=True)
     rows = cast(slot, norms, at_least_float32(p.dtype))
     del norms
     return rows if part.one_each else joined(slot, part, rows, [count for count, _ in part.runs])

@@ -95,7 +95,7 @@ def step_official(slots: Slots, job: Job, refresh: bool) -> None:
             stepsize = None  # a float
             continue
         if second:
-            tmp_lr = _mean_of_square(slot, job, first, second)
+            tmp_lr = _mean_of_square(slot, job, first)
         else:
             tmp_lr = slot.new(second, dtype, slot.like())  # sum(grad * grad)
             tmp_lr = slot.new(second, dtype)
@@ -106,10 +106,10 @@ def step_official(slots: Slots, job: Job, refresh: bool) -> None:
     del tmp_lr, h, stepsize, update
 
 
-def _mean_of_square(slot: Slot, job: Job, shape: Shape, reduced: Shape) -> Tensor:
+def _mean_of_square(slot: Slot, job: Job, shape: Shape) -> Tensor:
     """`torch.mean(grad * grad, dim=1, keepdim=True)`, the product alive until the mean is there."""
     square = slot.like()
-    result = mean(slot, job, shape, slot.param.dtype, reduced)
+    result = mean(slot, job, shape, slot.param.dtype, 1, keep=True)
     del square
     return result
 

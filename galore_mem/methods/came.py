@@ -49,15 +49,15 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
         slot.keep(Buffer("RMS", (), slot.param.dtype))
         update = squared_plus_eps(slot, shape)
         if factored(slot.param):
-            for reduced in (rows(shape), cols(shape)):
-                mean(slot, job, shape, FLOAT32, reduced)
+            for over in (-1, -2):
+                mean(slot, job, shape, FLOAT32, over)
             update = approx_sq_grad(slot, shape)
         else:
             update = slot.new(shape, FLOAT32)  # exp_avg_sq.rsqrt().mul_(grad)
         res = _instability(slot)
         if factored(slot.param):
-            for reduced in (rows(shape), cols(shape)):
-                mean(slot, job, shape, FLOAT32, reduced)
+            for over in (-1, -2):
+                mean(slot, job, shape, FLOAT32, over)
             res_approx = approx_sq_grad(slot, shape)
             update = res_approx
         else:
@@ -104,9 +104,9 @@ def _new_rms(slots: Slots, *, matrices: bool) -> None:
 
 def _means_and_factors(slots: Slots, job: Job) -> None:
     """Row means of all, column means of all, then one parameter's row and column factors at a time."""
-    for side in (rows, cols):
+    for over in (-1, -2):
         means = [
-            mean(slot, job, slot.param.shape, slot.param.dtype, side(slot.param.shape))
+            mean(slot, job, slot.param.shape, slot.param.dtype, over)
             for slot in group(slots, matrices=True)
         ]
         del means

@@ -7,6 +7,7 @@ format, so that mixed operands, and means of half-precision tensors, pass throug
 from __future__ import annotations
 
 from galore_mem.dtypes import FLOAT32, DType
+from galore_mem.memory.reductions import reduce
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods.base import Job, Slot
 
@@ -23,18 +24,36 @@ def converted(slot: Slot, tensor: Tensor, dtype: DType) -> Tensor:
     return tensor if tensor.dtype is dtype else slot.new(tensor.shape, dtype, tensor)
 
 
-def mean(slot: Slot, job: Job, shape: Shape, dtype: DType, reduced: Shape) -> Tensor:
-    """`t.mean(dim)` of a tensor of this shape, leaving `reduced`.
+def left(shape: Shape, over: int | None, *, keep: bool = False) -> Shape:
+    """What a reduction over one dimension (None: over all) leaves of a shape; `keep`: as a dimension of size 1."""
+    if over is None:
+        return ()
+    over %= len(shape)
+    return (*shape[:over], *((1,) if keep else ()), *shape[over + 1 :])
+
+
+def norm(slot: Slot, shape: Shape, dtype: DType, over: int | None, *, keep: bool = False) -> Tensor:
+    """`torch.linalg.vector_norm(t, dim=over)` (or a sum) of a contiguous tensor of this shape: the result, and CUDA's
+    scratch for it, which is gone when it is there."""
+    result = slot.new(left(shape, over, keep=keep), dtype)
+    if slot.tape.device == "cuda":
+        reduce(Tensor(slot.tape.bytes(0), shape, dtype), () if over is None else (over,))
+    return result
+
+
+def mean(slot: Slot, job: Job, shape: Shape, dtype: DType, over: int, *, keep: bool = False) -> Tensor:
+    """`t.mean(over)` of a tensor of this shape.
 
     On the CPU a half-precision mean is `t.to(float32).sum(dim).div_(size).to(dtype)`, the copy alive to
     the end (aten/src/ATen/native/ReduceOps.cpp, mean_out).
     """
     if job.device == "cpu" and dtype is not FLOAT32:
+        reduced = left(shape, over, keep=keep)
         wide, total = slot.new(shape, FLOAT32), slot.new(reduced, FLOAT32)
         result = slot.new(reduced, dtype, wide, total)
         del wide, total
         return result
-    return slot.new(reduced, dtype)
+    return norm(slot, shape, dtype, over, keep=keep)
 
 
 def add_float32(slot: Slot, job: Job) -> None:

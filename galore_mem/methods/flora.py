@@ -18,7 +18,7 @@ from __future__ import annotations
 from galore_mem.dtypes import FLOAT32, INT64, at_least_float32
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adafactor
-from galore_mem.methods.adafactor import approx_sq_grad, cols, rows, squared_plus_eps
+from galore_mem.methods.adafactor import approx_sq_grad, squared_plus_eps
 from galore_mem.methods.base import (
     RANK,
     Buffer,
@@ -31,7 +31,7 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
-from galore_mem.methods.eager import as_float32
+from galore_mem.methods.eager import as_float32, mean
 from galore_mem.methods.galore_adafactor import factors, in_range, means, normalized, own, widened
 from galore_mem.methods.projection import applies, cast, low_shape
 
@@ -134,8 +134,8 @@ def step_reference(slots: Slots, job: Job, refresh: bool) -> None:
         slot.keep(Buffer("RMS", (), FLOAT32))
         update = squared_plus_eps(slot, p.shape)
         if len(p.shape) == 2:
-            for side in (rows(p.shape), cols(p.shape)):
-                slot.new(side, FLOAT32)
+            for over in (-1, -2):
+                mean(slot, job, p.shape, FLOAT32, over)
             update = approx_sq_grad(slot, p.shape)
         else:
             update = slot.new(p.shape, FLOAT32)

@@ -28,7 +28,7 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
-from galore_mem.methods.eager import as_float32, converted
+from galore_mem.methods.eager import as_float32, converted, mean, norm
 from galore_mem.methods.projection import PROJ_TYPE, applies, low_shape, lowered, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
@@ -110,8 +110,8 @@ def normalized(slot: Slot, update: Tensor) -> None:
 def factors(slot: Slot, shape: Shape, dtype: DType) -> tuple[Tensor, Tensor]:
     """Means by `vector_norm`, squared in float32; then the factors in the gradient's format."""
     wide = at_least_float32(dtype)
-    for side in (rows(shape), cols(shape)):
-        widened(slot, slot.new(side, dtype))
+    for over in (-1, -2):
+        widened(slot, norm(slot, shape, dtype, over))
     by_row = slot.new(rows(shape), wide, slot.new((*shape[:-2], 1), wide))
     by_row = converted(slot, by_row, dtype)
     return by_row, converted(slot, slot.new(cols(shape), wide), dtype)
@@ -119,7 +119,8 @@ def factors(slot: Slot, shape: Shape, dtype: DType) -> tuple[Tensor, Tensor]:
 
 def rms(slot: Slot, shape: Shape, dtype: DType) -> None:
     """Norms of rows, and of those the norm."""
-    widened(slot, slot.new(rows(shape), dtype))
+    of_rows = widened(slot, norm(slot, shape, dtype, -1))
+    norm(slot, of_rows.shape, of_rows.dtype, None)
 
 
 def widened(slot: Slot, tensor: Tensor) -> Tensor:
@@ -151,8 +152,8 @@ def step_reference(slots: Slots, job: Job, refresh: bool) -> None:
         slot.keep(Buffer("RMS", (), FLOAT32))
         update = squared_plus_eps(slot, shape)
         if len(shape) >= 2:
-            for side in (rows(shape), cols(shape)):
-                slot.new(side, FLOAT32)  # update.mean(dim)
+            for over in (-1, -2):
+                mean(slot, job, shape, FLOAT32, over)
             update = approx_sq_grad(slot, shape)
         else:
             update = slot.new(shape, FLOAT32)  # exp_avg_sq.rsqrt().mul_(grad)

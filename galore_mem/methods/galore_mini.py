@@ -77,7 +77,7 @@ def step(
         low = lowered(slot, job, slot.param.dtype)
         side = "right" if part.dim else "left"  # of the projector that rows go through, if they are projected
         if approach == 1 or side not in sides(slot.param, job):
-            mean_squares(slot, part)
+            mean_squares(slot, part, low.shape if approach == 1 else None)
             divisor(slot, part)
         elif approach == 2:
             mean_squares(slot, part)

@@ -89,7 +89,7 @@ def _setup() -> dict[str, Schema]:
         "loss": TEXT,
         "layerwise": FLAG,
         "keep_gradients": FLAG,
-        "keep_logits": FLAG,
+        "keep_logits": TEXT,
         "gradient_accumulation": INT,
         "transformers": TEXT,
         "torch": TEXT,
@@ -219,7 +219,7 @@ def _verify() -> Schema:
         predicted_bytes=or_null(BYTES),
         measured_bytes=or_null(BYTES),
     )
-    passes = {"batch_size": INT, "seq_len": INT, "gradient_checkpointing": FLAG, "keep_logits": FLAG}
+    passes = {"batch_size": INT, "seq_len": INT, "gradient_checkpointing": FLAG, "keep_logits": TEXT}
     setup = object_of(
         recipe=TEXT,
         **{name: or_null(passes.get(name, TEXT)) for name in OF_PASSES},

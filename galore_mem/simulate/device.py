@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from galore_mem.allocator.device import Device
 from galore_mem.allocator.events import Alloc, Event, Free
 from galore_mem.allocator.events import Mark as Begins
+from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.replay import ReplayResult, replay
 from galore_mem.allocator.settings import AllocatorSettings
 from galore_mem.memory.tensor import CATEGORIES
+from galore_mem.simulate.addresses import DriverAddresses
 from galore_mem.simulate.trace import Bytes, Trace
 
 
@@ -77,11 +80,17 @@ def on_cpu(trace: Trace) -> Run:
     return Run(trace, {i: trace.nbytes(i) for i in trace.events if i >= 0})
 
 
+def card(capacity: int | None = None, other: int = 0) -> Device:
+    """A card of so many bytes (None: no limit), `other` of which are taken, whose driver hands out addresses as under
+    Linux."""
+    return Device(capacity, other, DriverAddresses())
+
+
 def on_cuda(trace: Trace, settings: AllocatorSettings, capacity: int | None = None, other: int = 0) -> Run:
     """The run through the caching allocator of a device, `other` bytes of which are taken. `replayed` tells whether it
     could serve all of it; if not, the run is what happened until then."""
     stream = list(requests(trace))
-    result = replay(stream, settings, capacity=capacity, other_bytes=other, timeline=True)
+    result = replay(stream, allocator=new_allocator(settings, card(capacity, other)), timeline=True)
     assert result.timeline is not None
     blocks: dict[int, int] = {}
     reserved, before = array("q"), 0

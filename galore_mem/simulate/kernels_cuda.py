@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from galore_mem.memory import attention
 from galore_mem.simulate import branches, nf4, sorting
-from galore_mem.simulate.iteration import reduction
 from galore_mem.simulate.kernels import RESULTS, Program, Recorder, Rule, changes_only, grouped_mm, nbytes, safe_softmax
-from galore_mem.simulate.reductions import processors, scratch
+from galore_mem.simulate.reductions import number, pair, reduce, same, truth
 from galore_mem.units import round_up
 
 aten = torch.ops.aten
@@ -32,47 +31,6 @@ def embedding_backward(args: tuple[Any, ...], kwargs: dict[str, Any], result: An
 def index_put(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
     """cuda/Indexing.cu, index_put_with_sort_kernel."""
     return sorting.index_put(args, branches.setup().compute_capability)
-
-
-def reduce(element: Callable[[Tensor], int], *, wide: bool = False, place: int = 1) -> Rule:
-    """cuda/Reduce.cuh; `element`: bytes of a partial result of this operand. `wide`: numbers that are no floats are
-    first copied in the result's format (ReduceOpsUtils.h, make_reduction). `place`: which argument the dimensions
-    are."""
-
-    def rule(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
-        t, out = args[0], result if isinstance(result, Tensor) else result[0]
-        if not t.numel():
-            return None
-        before: list[int] = []
-        strides, itemsize, offset = t.stride(), t.itemsize, t.storage_offset()
-        if wide and t.dtype != out.dtype and not t.is_floating_point():
-            before, itemsize, offset = [t.numel() * out.itemsize], out.itemsize, 0
-        r = reduction(t.shape, strides, itemsize, _over(args, kwargs, place), out.itemsize, offset)
-        parts = r.parts()
-        program = [*before, RESULTS]
-        own = len(before)
-        if len(parts) > 1 and t.dtype in HALF and out.dtype == t.dtype:
-            program.append(out.numel() * 4)  # AccumulationBuffer
-            own += 1
-        for part in parts:
-            found = scratch(part, element(t), processors(branches.setup().compute_capability))
-            if found is not None:
-                program += [found.partial, found.counters, ~(own + 1), ~own]
-                own += 2
-        return tuple(program) if own else None
-
-    return rule
-
-
-def _over(args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> Sequence[int]:
-    """The dimensions that a reduction is over: none for all."""
-    said = args[place] if len(args) > place else kwargs.get("dim")
-    return [said] if isinstance(said, int) else list(said or ())
-
-
-def _number(t: Tensor) -> int:
-    """Sums are in the operand's format, 16-bit ones in float32."""
-    return 4 if t.dtype in HALF else t.itemsize
 
 
 def attention_backward(kernel: str) -> Rule:
@@ -118,19 +76,6 @@ def svd(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program:
     return (RESULTS, 4 * matrices, nbytes(args[0]))
 
 
-def _same(t: Tensor) -> int:
-    return t.itemsize
-
-
-def _place(t: Tensor) -> int:
-    """A value and where it is (thrust::pair with a 64-bit index)."""
-    return 16
-
-
-def _truth(t: Tensor) -> int:
-    return 1
-
-
 def grouped(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
     """cuda/GroupMM.cu, of bfloat16 on 9.0 and 10.x: pointers, strides and sizes of each group. (CUTLASS' workspace,
     some KiB, is left out.) Other cards and formats loop over the groups with cuBLAS (native/GroupedMMUtils.h)."""
@@ -144,25 +89,25 @@ def grouped(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Progr
 
 RULES: dict[Any, Rule] = {
     aten._grouped_mm.default: grouped,
-    aten.sum.default: reduce(_number, wide=True),
-    aten.sum.dim_IntList: reduce(_number, wide=True),
-    aten.mean.default: reduce(_number),
-    aten.mean.dim: reduce(_number),
-    aten.prod.default: reduce(_number, wide=True),
-    aten.prod.dim_int: reduce(_number, wide=True),
-    aten.linalg_vector_norm.default: reduce(_number, place=2),
-    aten.max.dim: reduce(_place),
-    aten.min.dim: reduce(_place),
-    aten.argmax.default: reduce(_place),
-    aten.argmin.default: reduce(_place),
-    aten.max.default: reduce(_same),
-    aten.min.default: reduce(_same),
-    aten.amax.default: reduce(_same),
-    aten.amin.default: reduce(_same),
-    aten.all.default: reduce(_truth),
-    aten.all.dim: reduce(_truth),
-    aten.any.default: reduce(_truth),
-    aten.any.dim: reduce(_truth),
+    aten.sum.default: reduce(number, wide=True),
+    aten.sum.dim_IntList: reduce(number, wide=True),
+    aten.mean.default: reduce(number),
+    aten.mean.dim: reduce(number),
+    aten.prod.default: reduce(number, wide=True),
+    aten.prod.dim_int: reduce(number, wide=True),
+    aten.linalg_vector_norm.default: reduce(number, place=2),
+    aten.max.dim: reduce(pair),
+    aten.min.dim: reduce(pair),
+    aten.argmax.default: reduce(pair),
+    aten.argmin.default: reduce(pair),
+    aten.max.default: reduce(same),
+    aten.min.default: reduce(same),
+    aten.amax.default: reduce(same),
+    aten.amin.default: reduce(same),
+    aten.all.default: reduce(truth),
+    aten.all.dim: reduce(truth),
+    aten.any.default: reduce(truth),
+    aten.any.dim: reduce(truth),
     aten.index_put_.default: index_put,
     aten._index_put_impl_.default: index_put,
     aten._softmax_backward_data.default: softmax_backward,

@@ -14,9 +14,10 @@ KNOWN = "a number, an object or dictionary with `loss`, or a tuple that begins w
 
 
 class Output(NamedTuple):
-    """What the training loop reads."""
+    """What the training loop reads: the loss, and the model's own output, which it may keep."""
 
     loss: Tensor
+    of_model: Any
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -62,4 +63,4 @@ class Called:
 
     def __call__(self, batch: Any) -> Output:
         output = call(self._model, batch)
-        return Output(loss_of(output) if self._loss is None else loss_of(self._loss(output, batch)))
+        return Output(loss_of(output) if self._loss is None else loss_of(self._loss(output, batch)), output)

@@ -1,93 +1,73 @@
-"""What CUDA's reductions (sums, means, maxima) allocate: scratch for partial results of several blocks of threads.
+"""What CUDA's reductions allocate in a traced program: the twin's rule (`galore_mem.memory.reductions`) on torch's tensors.
 
-Where a result is the sum of so many elements that one block would have to add 256 of them in a thread, several blocks
-share it (aten/src/ATen/native/cuda/Reduce.cuh of torch 2.13, setReduceConfig, gpu_reduce_kernel). Each leaves what it
-has in memory of the caching allocator, and a counter says which is the last. How many share depends on the card.
+An `element` function gives the bytes of one partial result of an operand.
 """
 
 from __future__ import annotations
 
-from math import prod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-from galore_mem.simulate.iteration import Reduction
-from galore_mem.units import ceil_div
+import torch
+from torch import Tensor
 
-WARP, THREADS = 32, 512  # threads of a warp; most of a block
-VECTOR = 4  # elements that a thread loads at once
-LEAST, MOST = 16, 256  # elements that a thread adds
+from galore_mem.memory.reductions import launches
+from galore_mem.simulate import branches
+from galore_mem.simulate.kernels import RESULTS, Program, Rule
 
-
-class Processors(NamedTuple):
-    """Of a card: how many streaming multiprocessors, and how many threads each can hold."""
-
-    multiprocessors: int
-    threads: int
+HALF = (torch.float16, torch.bfloat16)
 
 
-# One common card of each compute capability, from NVIDIA's data sheets (count) and the CUDA programming guide's table
-# of technical specifications (threads): V100, T4, A100, RTX A6000, RTX 4090, H100 SXM, B200, RTX 5090.
-CARDS = {
-    (7, 0): Processors(80, 2048), (7, 5): Processors(40, 1024), (8, 0): Processors(108, 2048),
-    (8, 6): Processors(84, 1536), (8, 9): Processors(128, 1536), (9, 0): Processors(132, 2048),
-    (10, 0): Processors(148, 2048), (12, 0): Processors(170, 1536),
-}  # fmt: skip
-DEFAULT = (8, 0)
+def number(t: Tensor) -> int:
+    """Sums are in the operand's format, 16-bit ones in float32."""
+    return 4 if t.dtype in HALF else t.itemsize
 
 
-def processors(capability: tuple[int, int] | None) -> Processors:
-    """Of the newest card in the table that is not newer than this one."""
-    return CARDS[max((known for known in CARDS if known <= (capability or DEFAULT)), default=min(CARDS))]
+def same(t: Tensor) -> int:
+    """A value of the operand's own format: maxima, minima."""
+    return t.itemsize
 
 
-class Scratch(NamedTuple):
-    """Bytes of partial results and of the counters; none where no result is shared."""
-
-    partial: int
-    counters: int
+def pair(t: Tensor) -> int:
+    """A value and where it is (thrust::pair with a 64-bit index)."""
+    return 16
 
 
-def scratch(r: Reduction, element: int, card: Processors) -> Scratch | None:
-    """Of one launch; `element`: bytes of a partial result."""
-    outputs = r.outputs
-    inputs = prod(r.shape) // outputs
-    summed = r.summed
-    along = summed == len(r.shape) or r.operand[0] < r.operand[summed]  # is the fastest dimension summed over?
-    width, height, vector = (inputs, outputs, 1) if along else (outputs, inputs, 1)
-    if r.shape and r.operand[0 if along else summed] == r.itemsize:
-        if along and width >= 128 and summed == 1:
-            width //= VECTOR
-        elif not along:
-            vector = _vector(r)
-            width //= vector
-    width, height = _block(width, height, THREADS // vector)
-    threads, values = width * height, ceil_div(inputs, width) if along else inputs
-    across = 1 if along else width  # results that a block makes
-    if values < min(height * LEAST, MOST):
-        return None  # each warp has a result of its own
-    values = ceil_div(values, height)
-    grid = ceil_div(outputs // vector, across)
-    room = card.multiprocessors * (card.threads // threads)
-    if values < MOST or grid > room:
-        return None
-    sharing = max(min(ceil_div(room, grid), ceil_div(values, LEAST)), ceil_div(values, MOST))
-    if sharing < 2:
-        return None
-    return Scratch(element * outputs * sharing * (1 if along else width * vector), 4 * grid)
+def truth(t: Tensor) -> int:
+    """A boolean."""
+    return 1
 
 
-def _vector(r: Reduction) -> int:
-    """Results that a thread makes at once: as many as divide everything (get_output_vec_size)."""
-    vector, first = VECTOR, r.summed
-    steps = [stride // r.itemsize for dim, stride in enumerate(r.operand) if dim != first]
-    for n in (r.offset, r.shape[first], *steps):
-        while n % vector:
-            vector //= 2
-    return vector
+def reduce(element: Callable[[Tensor], int], *, wide: bool = False, place: int = 1) -> Rule:
+    """The rule of a reduction. `wide`: numbers that are no floats are first copied in the result's format
+    (ReduceOpsUtils.h, make_reduction). `place`: which argument the dimensions are."""
+
+    def rule(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+        t, out = args[0], result if isinstance(result, Tensor) else result[0]
+        if not t.numel():
+            return None
+        program: list[int] = []
+        strides, itemsize, offset = t.stride(), t.itemsize, t.storage_offset()
+        if wide and t.dtype != out.dtype and not t.is_floating_point():
+            program.append(t.numel() * out.itemsize)
+            itemsize, offset = out.itemsize, 0
+        own = len(program)
+        program.append(RESULTS)
+        capability = branches.setup().compute_capability
+        over = _over(args, kwargs, place)
+        found = launches(tuple(t.shape), strides, itemsize, over, out.itemsize, element(t), capability, offset)
+        if found.pieces > 1 and t.dtype in HALF and out.dtype == t.dtype:
+            program.append(out.numel() * 4)  # AccumulationBuffer
+            own += 1
+        for one in found.scratch:
+            program += [one.partial, one.counters, ~(own + 1), ~own]
+            own += 2
+        return tuple(program) if own else None
+
+    return rule
 
 
-def _block(width: int, height: int, most: int) -> tuple[int, int]:
-    """set_block_dimension: powers of two, as wide as a warp or, where it is low, wider."""
-    width, height = (most if n >= most else 1 << max(n.bit_length() - 1, 0) for n in (width, height))
-    high = min(height, most // min(width, WARP))
-    return min(width, most // high), high
+def _over(args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> tuple[int, ...]:
+    """The dimensions that a reduction is over: none for all."""
+    said = args[place] if len(args) > place else kwargs.get("dim")
+    return (said,) if isinstance(said, int) else tuple(said or ())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SIMULATE_SCHEMA = "galore-mem.simulate/1"
 LOAD, FIRST = "load", "first-step"  # the model on the device; the step that makes the optimizer's state
 # of a setup, what module:function decides itself
-DECIDED = ("batch_size", "seq_len", "attention", "gradient_checkpointing", "loss", "keep_logits")
+DECIDED = ("batch_size", "seq_len", "attention", "gradient_checkpointing", "loss")
 SIMULATED_PHASES = (LOAD, FIRST, "forward", "backward", "step", "refresh")
 
 

@@ -11,8 +11,8 @@ from galore_mem.errors import InputError
 from galore_mem.estimator import Case, check, given_for, model_json, select, setup_json
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.result import Unsupported
-from galore_mem.setup import TORCH, TRANSFORMERS, Setup
-from galore_mem.simulate import told
+from galore_mem.setup import Setup
+from galore_mem.simulate import told, versions
 from galore_mem.simulate.layers import trace_layers
 from galore_mem.simulate.load import UserStep
 from galore_mem.simulate.models import work_of
@@ -25,7 +25,6 @@ from galore_mem.spec.model import ModelSpec
 from galore_mem.verify.builders import Unsupported as CannotRun
 from galore_mem.verify.builders import builder
 from galore_mem.verify.case import TRAIN
-from galore_mem.verify.predict import modelled
 
 Begun = Callable[[int, int, str], None]  # which of how many runs is at it, and what it does
 
@@ -55,17 +54,16 @@ def simulate(
     follow. `warm_up` is for `module:function`: steps before the one that is looked at (1). `points` asks for a timeline
     of so many, `keep_run` for the run itself (`Simulation.run`).
 
-    The code that runs is the installed torch's and transformers', whatever versions `setup` names. Raises `InputError`.
+    The code that runs is the installed torch's and transformers'; what the releases that `setup` names are known to do
+    differently is done as they do it. Raises `InputError`.
     """
     asked = subject(model)
     setup = setup or Setup(seq_len=default_length(asked))
     card = find_gpu(gpu) if gpu is not None else None
     if setup.device == "cpu" and (card is not None or allocator):
         raise InputError("--gpu and --alloc-conf are about a card; leave them out with --device cpu")
-    setup = replace(
-        setup, torch=modelled("torch", TORCH), transformers=modelled("transformers", TRANSFORMERS),
-        compute_capability=(card and card.capability) or setup.compute_capability,
-    )  # fmt: skip
+    setup = replace(setup, compute_capability=(card and card.capability) or setup.compute_capability)
+    versions.check(setup)
     target = Target(setup.device, parse_settings(allocator), card, points, keep_run)
     names = tuple(dict.fromkeys(methods or ()))
     chosen = None if targets is None else tuple(targets)
@@ -100,8 +98,8 @@ def simulate(
     if asked.num_layers == 1:  # of any family: its rows are not told apart by layers
         described["layers"] = int(asked.config.get("num_hidden_layers", 1))
     return SimulateResult(
-        __version__, described, setup_json(setup, chosen, card) | told.stack(target.settings, full=full), tuple(runs),
-        tuple(unsupported),
+        __version__, described, setup_json(setup, chosen, card) | told.stack(setup, target.settings, full=full),
+        tuple(runs), tuple(unsupported),
     )  # fmt: skip
 
 
@@ -109,8 +107,6 @@ def _check(setup: Setup, warm_up: int | None) -> None:
     """Raises `InputError` for what the loop that runs does not do."""
     for given, why in (
         (setup.loss != "eager", f"the model computes its own loss; a {setup.loss} one can be estimated"),
-        (setup.keep_logits, "the loop drops the model's output before backward; keeping it can be estimated"),
-        (setup.keep_gradients, "the loop sets gradients to None after a step; --keep-gradients can be estimated"),
         (warm_up is not None, "--warm-up is for module:function; with a method one step makes the state"),
     ):
         if given:
@@ -156,7 +152,9 @@ def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Beg
     about = asked.told
     made = _named(about["optimizer"], f"{about['optimizer']} of {asked.reference}", about["package"], setup.layerwise)
     made = replace(made, assumptions=tuple(told.of_step(setup, about, warm_up)), not_counted=told.NOT_COUNTED)
-    described = setup_json(setup, None, target.card) | dict.fromkeys(DECIDED) | told.stack(target.settings, full=True)
+    described = (
+        setup_json(setup, None, target.card) | dict.fromkeys(DECIDED) | told.stack(setup, target.settings, full=True)
+    )
     if setup.recipe.autocast is None:
         described["recipe"] = None
     return SimulateResult(

@@ -29,6 +29,7 @@ from galore_mem.simulate.questions import refused
 from galore_mem.simulate.trace import Trace
 from galore_mem.simulate.tracer import Tracer
 from galore_mem.simulate.values import Assumed
+from galore_mem.simulate.versions import as_released
 from galore_mem.spec.model import Role
 from galore_mem.verify.builders import Builder, Member
 from galore_mem.verify.residents import tensors, total
@@ -66,6 +67,7 @@ class TraceMeter:
         enter(self._modules.followed())
         enter(patch.object(torch.optim.Optimizer, "__init__", self._noticing(torch.optim.Optimizer.__init__)))
         enter(branches.on(self._setup))
+        enter(as_released(self._setup))
         enter(self._tracer)
         return self
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from galore_mem.allocator.export import Description, Frame, memory_snapshot, write_snapshot
 from galore_mem.allocator.settings import AllocatorSettings
 from galore_mem.memory.tensor import CATEGORIES
-from galore_mem.simulate.device import Run, requests
+from galore_mem.simulate.device import Run, card, requests
 
 
 def write(path: Path, run: Run, settings: AllocatorSettings, capacity: int | None = None, other: int = 0) -> None:
     """The run on a device of this capacity, `other` bytes of which are taken: where it runs out of memory, up to there.
     Raises `InputError` where the file cannot be written."""
     snapshot, _ = memory_snapshot(
-        requests(run.trace), settings, capacity=capacity, other_bytes=other, describe=lambda i: describe(run, i)
+        requests(run.trace), settings, on=card(capacity, other), describe=lambda i: describe(run, i)
     )
     write_snapshot(path, snapshot)
 

@@ -11,12 +11,13 @@ from galore_mem.allocator.settings import AllocatorSettings
 from galore_mem.estimator import GENERAL_NOT_COUNTED, max_positions
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.memory.phases import Work
-from galore_mem.setup import Setup
+from galore_mem.setup import TORCH, TRANSFORMERS, Setup
 from galore_mem.simulate.session import Traced
 from galore_mem.simulate.tracer import WORKSPACE
 from galore_mem.simulate.values import Assumed
 from galore_mem.units import format_bytes
 from galore_mem.verify.builders import GAP, Builder
+from galore_mem.verify.predict import modelled
 
 NOT_COUNTED = (
     "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor",
@@ -31,11 +32,16 @@ KERNELS = {
 }
 
 
-def stack(settings: AllocatorSettings, *, full: bool) -> dict[str, Any]:
+def release(package: str, asked: str, known: tuple[str, ...]) -> str:
+    """The release that ran, and the one whose ways it was given."""
+    return version(package) + ("" if modelled(package, known) == asked else f" (as {asked})")
+
+
+def stack(setup: Setup, settings: AllocatorSettings, *, full: bool) -> dict[str, Any]:
     """Of a result's setup, what is real: the releases that ran, the allocator's settings, which layers were traced."""
     return {
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        "torch": release("torch", setup.torch, TORCH),
+        "transformers": release("transformers", setup.transformers, TRANSFORMERS),
         "allocator": settings_text(settings),
         "full": full,
     }
@@ -49,9 +55,10 @@ def of_work(work: Work, row: Builder) -> Iterator[str]:
     steps = "one step that makes the state, a plain one"
     if work.code.refreshes and row.refresh is not None:
         steps += f", one that renews projectors (every {GAP} steps instead of the update_proj_gap)"
-    yield f"steps from the start of the process: {steps}; gradients are None at the start of each"
+    yield f"steps from the start of the process: {steps}; {setup.loop}"
     yield (
-        f"eager PyTorch {version('torch')}, transformers {version('transformers')}, attention {setup.attention}, "
+        f"eager PyTorch {release('torch', setup.torch, TORCH)}, "
+        f"transformers {release('transformers', setup.transformers, TRANSFORMERS)}, attention {setup.attention}, "
         + ("non-reentrant checkpointing of each layer" if setup.gradient_checkpointing else "no checkpointing")
     )
     limit = max_positions(work.model)
@@ -65,8 +72,7 @@ def of_step(setup: Setup, about: Mapping[str, Any], warm_up: int) -> Iterator[st
     """The run of a training step of the user's own."""
     cast = f", autocast {setup.recipe.autocast}" if setup.recipe.autocast else ""
     yield f"weights {' and '.join(about['formats'])}, as they are made{cast}"
-    between = "zeroed and kept" if setup.keep_gradients else "set to None"
-    yield f"steps from the start of the process, {warm_up} before the one looked at; gradients are {between} after each"
+    yield f"steps from the start of the process, {warm_up} before the one looked at; {setup.loop}"
     yield f"eager PyTorch {version('torch')}"
 
 

@@ -87,8 +87,8 @@ def members_of(model: torch.nn.Module, work: Work) -> list[Member]:
 
 
 def batch(work: Work, device: torch.device) -> Callable[[], dict[str, Tensor]]:
-    """A function that makes the inputs anew, as a data loader does. A classifier's labels are classes, one a sequence or
-    one a token."""
+    """A function that makes the inputs anew, as a data loader does. A classifier's labels are classes: one a sequence,
+    or one a token."""
     config = work.model.config
     vocabulary, head = int(config.get("vocab_size", 2)), (config.get("architectures") or [""])[0]
     shape, classes = (work.setup.batch_size, work.setup.seq_len), int(config.get("num_labels") or 2)

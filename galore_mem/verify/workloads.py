@@ -173,23 +173,31 @@ def train(
     """The training loop. The collector, which would free what reference counts do not, rests."""
     gc.collect()
     gc.disable()
+    held: list[Any] = []  # what forward returned, as long as the setup's loop keeps it
     try:
         for phase in stepper.phases():
             plain = phase == "step"
             for micro in range(setup.gradient_accumulation):
                 del micro
                 meter.enter("forward" if plain else WARM)
+                held.clear()
                 with context():
-                    loss = model(**inputs()).loss
+                    held.append(model(**inputs()))
+                loss = held[0].loss
+                if setup.keep_logits == "none":
+                    held.clear()
                 backward = "refresh" if phase == "refresh" and setup.layerwise else "backward"
                 meter.enter(backward if plain or backward == "refresh" else WARM)
                 loss.backward()
                 del loss
+                if setup.keep_logits == "backward":
+                    held.clear()
             after_backward()
             meter.enter(BETWEEN if setup.layerwise else phase)
             stepper.step()
             meter.enter(BETWEEN)
             stepper.zero_grad()
+            held.clear()
     finally:
         gc.enable()
 
@@ -260,8 +268,11 @@ class Stepper:
 
     def zero_grad(self) -> None:
         for member in self.request.members:
-            if member.p.requires_grad:
+            if member.p.requires_grad and not self.work.setup.keep_gradients:
                 member.p.grad = None
+            elif member.p.requires_grad:
+                if member.p.grad is not None:
+                    member.p.grad.zero_()
             else:
                 member.p.float_grad = None  # type: ignore[attr-defined]  # q-galore-torch's name
 
