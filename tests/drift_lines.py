@@ -65,7 +65,7 @@ def span(trace: Trace, phase: str) -> tuple[int, int]:
 
 
 def pieces(trace: Trace, start: int, end: int) -> Iterator[tuple[str, list[int]]]:
-    """Events cut where a tensor is made in another layer than the one before; those of kernels' own buffers left out."""
+    """Events cut where a tensor is made in another layer than the one before, without those of kernels' buffers."""
     now, named = "", []
     for event in trace.events[start:end]:
         one = trace.allocations[max(event, ~event)]

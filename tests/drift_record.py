@@ -70,8 +70,7 @@ def _shown(versions: Versions) -> str:
 def read(text: str) -> Record:
     """The record in a file's text."""
     (_, made), *blocks = (block.splitlines() for block in text.split("\n\n"))
-    pairs = (one.split() for one in made.removeprefix("made with ").split(", "))
-    versions = {name: number for name, number in pairs}
+    versions = dict(one.split() for one in made.removeprefix("made with ").split(", "))
     parts: Parts = {}
     for block in blocks:
         places = [line[1:-1] for line in block if line.startswith("[")]
@@ -115,14 +114,13 @@ def differences(subject: str, was: Record, now: Record) -> str:
     if not found:
         return ""
     shown = list(_tables(found))
-    less = [*shown[:SHOWN], f"... and {len(shown) - SHOWN} lines more" if len(shown) > SHOWN else ""]
+    more = [f"... and {len(shown) - SHOWN} lines more"] if len(shown) > SHOWN else []
+    told = (
+        *stamps(was.versions, now.versions),
+        f"when `estimate` and `simulate` have followed the change, renew the record: {COMMAND} {subject}",
+    )
     return "\n".join(
-        [
-            f"{subject}: what is saved and allocated is not what it was",
-            "\n".join(line for line in less if line),
-            *(f"- {line}" for line in stamps(was.versions, now.versions)),
-            f"- where this is known to `estimate` and `simulate` (CONTRIBUTING.md), renew the record: {COMMAND} {subject}",
-        ]
+        (f"{subject}: what is saved and allocated is not what it was", *shown[:SHOWN], *more, *(f"- {t}" for t in told))
     )
 
 

@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**CONFIGS["llama"], **GROUPED},
     "gpt2": {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
 }
+ENCODERS = ("bert", "roberta")  # which have a causal head too
 Parts = dict[str, Part]  # by "variant phase, layer"
 
 
@@ -56,9 +57,10 @@ def record(subject: Subject, only: Callable[[str], bool] = lambda variant: True)
 # -- models ------------------------------------------------------------------------------------------------------
 
 
-def train_step(family: str, attention: str, fmt: str, *, checkpoint: bool = False, lora: bool = False) -> Parts:
-    """Forward of a small model. In pure-bf16 backward too: its formulas are the same in the others but for casts."""
-    backward = fmt == "pure-bf16" and not checkpoint  # with checkpoints it repeats forward
+def train_step(
+    family: str, attention: str, fmt: str, *, backward: bool = False, checkpoint: bool = False, lora: bool = False
+) -> Parts:
+    """What forward leaves in a small model, and what backward allocates."""
     setup = Setup(
         recipe(fmt), BATCH, LENGTH, attention, gradient_checkpointing=checkpoint,
         torch=modelled("torch", TORCH), transformers=modelled("transformers", TRANSFORMERS),
@@ -76,7 +78,7 @@ def train_step(family: str, attention: str, fmt: str, *, checkpoint: bool = Fals
             loss: Tensor = model(input_ids=ids, labels=ids).loss
         meter.enter("backward")
         if backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         meter.enter("end")
 
     found = trace(program, setup).trace
@@ -89,7 +91,7 @@ def model_of(family: str, setup: Setup) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     config = config_of({"model_type": family, **FAMILIES[family]})
-    masked = family in ("bert", "roberta") or default_head(config) == "ForMaskedLM"
+    masked = family in ENCODERS or default_head(config) == "ForMaskedLM"
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     with META:
         fmt = getattr(torch, setup.recipe.weights.name)
@@ -114,7 +116,9 @@ def family(name: str) -> Subject:
     attentions = ("eager",) if name in EAGER else ("eager", "sdpa")
     for attention in attentions:
         for fmt in RECIPES:
-            found[f"{attention} {fmt}"] = partial(train_step, name, attention, fmt)
+            # once for each family: the formulas of backward are torch's, and the same in the others but for casts
+            backward = (attention, fmt) == (attentions[-1], "pure-bf16")
+            found[f"{attention} {fmt}"] = partial(train_step, name, attention, fmt, backward=backward)
     found["checkpointing pure-bf16"] = partial(train_step, name, attentions[-1], "pure-bf16", checkpoint=True)
     return Subject(found)
 
@@ -136,7 +140,7 @@ def galore(kind: Any, params: list[nn.Parameter]) -> Any:
 def of_transformers(params: list[nn.Parameter]) -> Any:
     from transformers.optimization import Adafactor
 
-    return Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False, beta1=None)
+    return Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False)  # type: ignore[no-untyped-call]
 
 
 OPTIMIZERS: dict[str, tuple[Factory, int]] = {  # and how many steps differ from each other
@@ -180,9 +184,12 @@ def optimizers() -> Iterator[tuple[str, Callable[[], Parts]]]:
             yield f"{name} {fmt}", partial(steps, make, count, fmt)
 
 
+def lora() -> Iterator[tuple[str, Callable[[], Parts]]]:
+    for fmt in RECIPES:
+        yield f"sdpa {fmt}", partial(train_step, "llama", "sdpa", fmt, backward=fmt == "pure-bf16", lora=True)
+
+
 SUBJECTS: dict[str, Subject] = {name: family(name) for name in FAMILIES} | {
-    "llama-lora": Subject(
-        {f"sdpa {fmt}": partial(train_step, "llama", "sdpa", fmt, lora=True) for fmt in RECIPES}, ("peft",)
-    ),
+    "llama-lora": Subject(dict(lora()), ("peft",)),
     "optimizers": Subject(dict(optimizers())),
 }
