@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from galore_mem._version import __version__
 from galore_mem.errors import InputError, unknown
+from galore_mem.evidence import Confidence, confidence, reserve
 from galore_mem.families import family
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.gpus import gpu as find_gpu
@@ -22,8 +23,6 @@ from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec, check_targets, is_target
 from galore_mem.spec.resolve import resolve
 from galore_mem.units import format_bytes, round_up
-
-MARGIN = 20  # tight when the headroom is below a 20th (5 %) of what is needed: fragmentation, workspaces
 
 GENERAL_NOT_COUNTED = (
     "fragmentation and the allocator's cache (reserved memory)",
@@ -234,15 +233,31 @@ def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bo
         equations=work.code.equations,
         entries=entries,
         kept=kept_by_layer(work) if explain else (),
+        confidence=_confidence(case, work),
+        reserve=reserve(work.setup.attention) if work.setup.device == "cuda" else None,
     )
-    return made if case.card is None else replace(made, fits=fit(made.device_bytes, case.card))
+    return made if case.card is None else replace(made, fits=fit(made, case.card))
 
 
-def fit(needed: int, card: Gpu) -> Fit:
-    """The verdict for a card: whether what is needed is there, and with how much to spare."""
-    headroom = card.capacity - needed
-    verdict = "does_not_fit" if headroom < 0 else "tight" if headroom * MARGIN < needed else "fits"
-    return Fit(card.name, card.capacity, headroom, verdict)
+def _confidence(case: Case, work: Work) -> Confidence | None:
+    if case.convention == "paper":
+        return None
+    return confidence("estimate", work.setup, case.model.family, case.method.name, case.code.name)
+
+
+def fit(made: Estimate, card: Gpu) -> Fit:
+    """The verdict for a card. It fits where there is room for the upper end of the band with what allocators usually
+    reserve beyond it, and does not where there is none for the lower end."""
+    peak, outside = made.peak_allocated_bytes, made.outside_allocator_bytes
+    low, high = (made.confidence.low(peak), made.confidence.high(peak)) if made.confidence else (peak, peak)
+    usual = high if made.reserve is None else max(high, made.reserve.bytes(high)[1])
+    return Fit(card.name, card.capacity, card.capacity - made.device_bytes, between(low, usual, card, outside))
+
+
+def between(low: int, high: int, card: Gpu, outside: int) -> str:
+    """The verdict where the allocator needs from `low` to `high` bytes, beside those outside it."""
+    room = card.capacity - outside
+    return "does_not_fit" if low > room else "fits" if high <= room else "tight"
 
 
 def _phases(

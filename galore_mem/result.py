@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from galore_mem.evidence import Confidence, Reserve
 from galore_mem.ledger import Entry
 from galore_mem.memory.kept import KeptTensor
 from galore_mem.memory.tape import CATEGORIES, Bytes
@@ -40,7 +41,8 @@ class Phase(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Does it fit the card? `tight`: with less room than `MARGIN` of what is needed."""
+    """Does it fit the card? `fits`: at the upper end of what may be needed too; `does_not_fit`: not even at the lower;
+    `tight`: between. `headroom_bytes` is what the predicted need leaves."""
 
     gpu: str
     capacity_bytes: int
@@ -62,7 +64,8 @@ class Estimate:
 
     `weights_bytes`, `gradients_bytes` and `optimizer_state_bytes` are exact sums of the tensors, at their fullest;
     phases are in allocator blocks (on CUDA each tensor is rounded up to 512 bytes). `kept` is what one layer keeps for
-    backward, filled where an explanation was asked for.
+    backward, filled where an explanation was asked for. `confidence` is the evidence behind the peak (None: a paper's
+    counting); `reserve` what allocators were seen to hold beyond a peak, where none is followed.
     """
 
     method: str
@@ -83,6 +86,8 @@ class Estimate:
     entries: tuple[Entry, ...] = ()
     kept: tuple[KeptTensor, ...] = ()
     peak_reserved_bytes: int | None = None
+    confidence: Confidence | None = None
+    reserve: Reserve | None = None
 
     @property
     def peak(self) -> Phase:
@@ -115,6 +120,8 @@ class Estimate:
             "peak_reserved_bytes": self.peak_reserved_bytes,
             "outside_allocator_bytes": self.outside_allocator_bytes,
             "device_bytes": self.device_bytes,
+            "confidence": None if self.confidence is None else self.confidence.to_json(self.peak_allocated_bytes),
+            "reserved_by_rule": None if self.reserve is None else self.reserve.to_json(self.peak_allocated_bytes),
             "fits": None if self.fits is None else self.fits.to_json(),
             "assumptions": list(self.assumptions),
             "not_counted": list(self.not_counted),

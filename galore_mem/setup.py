@@ -68,7 +68,7 @@ class Setup:
     The loop's defaults are those of the transformers Trainer: gradients are set to None after each step
     (`keep_gradients=False`; True zeroes them), the model's output is dropped before backward (`keep_logits="none"`),
     no key/value cache, non-reentrant checkpointing. A loop whose variable `outputs` is deleted after `loss.backward()`
-    has `keep_logits="backward"`, one in which it lives until the step is over `"step"`.
+    has `keep_logits="backward"`, one in which it lives until the step is over `"step"` (True; False is `"none"`).
 
     `device` decides what differs between allocators and kernels: on `cuda` sizes are rounded to blocks of
     512 bytes, cuBLAS workspaces are resident and torch's step counters stay on the host; on `cpu`
@@ -83,7 +83,7 @@ class Setup:
     loss: str = "eager"
     layerwise: bool = False
     keep_gradients: bool = False
-    keep_logits: str = KEPT_LOGITS[0]
+    keep_logits: str | bool = KEPT_LOGITS[0]
     gradient_accumulation: int = 1
     transformers: str = TRANSFORMERS[-1]
     torch: str = TORCH[0]
@@ -91,6 +91,8 @@ class Setup:
     compute_capability: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep_logits, bool):
+            object.__setattr__(self, "keep_logits", KEPT_LOGITS[-1 if self.keep_logits else 0])
         for name, value, limit in (
             ("batch-size", self.batch_size, 2**20),
             ("seq-len", self.seq_len, 2**24),
@@ -102,7 +104,7 @@ class Setup:
             ("attention", self.attention, ATTENTION),
             ("loss", self.loss, LOSSES),
             ("device", self.device, DEVICES),
-            ("keep-logits", self.keep_logits, KEPT_LOGITS),
+            ("keep-logits-until", str(self.keep_logits), KEPT_LOGITS),
             ("transformers version", self.transformers, TRANSFORMERS),
             ("torch version", self.torch, TORCH),
         ):
@@ -117,7 +119,7 @@ class Setup:
     def loop(self) -> str:
         """What the training loop leaves behind, in words."""
         gradients = "zeroed and kept" if self.keep_gradients else "None at the start"
-        return f"gradients are {gradients}; the model's output {HELD[self.keep_logits]}"
+        return f"gradients are {gradients}; the model's output {HELD[str(self.keep_logits)]}"
 
     @property
     def granularity(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from galore_mem.allocator.settings import parse_settings
+from galore_mem.evidence import Confidence
 from galore_mem.gpus import Gpu
 from galore_mem.memory.tensor import ACTIVATIONS, GRADIENTS, OPTIMIZER_STATE, TEMPORARIES, WEIGHTS
 from galore_mem.result import Unsupported
@@ -55,8 +56,9 @@ def step_of_two_layers() -> Trace:
 
 
 def simulation(
-    trace: Trace | None = None, method: str = "adamw", setup: Setup | None = None, **target: Any
-) -> Simulation:
+    trace: Trace | None = None, method: str = "adamw", setup: Setup | None = None,
+    confidence: Confidence | None = None, **target: Any,
+) -> Simulation:  # fmt: skip
     """What a simulated run of a trace says; `target` is what `Target` takes besides the device."""
     setup = setup or Setup()
     target["settings"] = parse_settings(target.pop("alloc_conf", ""))
@@ -64,6 +66,7 @@ def simulation(
         method=method, title="by hand", implementation="torch-foreach", convention="implementation", hyperparameters={},
         layerwise=setup.layerwise, weights_bytes=0, gradients_bytes=0, optimizer_state_bytes=0, phases=(),
         outside_allocator_bytes=0, fits=None, assumptions=("it was written by hand",), not_counted=("nothing",),
+        confidence=confidence,
     )  # fmt: skip
     sizes = Measured(24 * MIB, 24 * MIB, 24 * MIB, {})
     traced = Traced(trace or step_of_two_layers(), (), 0, sizes, (2,), ("every layer was traced",))

@@ -15,11 +15,8 @@ from typer.testing import CliRunner
 import galore_mem
 from galore_mem.cli import app
 from galore_mem.errors import InputError
-from galore_mem.estimator import fit
-from galore_mem.gpus import gpu
 from galore_mem.methods.registry import METHODS
 from galore_mem.report.schema import schema
-from galore_mem.units import GIB
 
 COMMAND = Path(sys.executable).with_name("galore-mem")
 
@@ -102,11 +99,7 @@ def test_four_square_and_two_wide_matrices_at_h_4096() -> None:
     assert 10_000 * (elements[0] - elements[3]) == 8_125 * elements[0]
 
 
-def test_verdict_and_exit_code() -> None:
-    card = gpu("24GiB")
-    assert fit(24 * GIB, card).verdict == "tight"
-    assert fit(24 * GIB + 1, card).verdict == "does_not_fit"
-    assert fit(22 * GIB, card).verdict == "fits"  # 2 GiB to spare are more than 5 % of 22
+def test_exit_code_of_a_verdict() -> None:
     assert cli("estimate", "-m", "llama-7b", "--method", "adamw", "--gpu", "rtx-4090").returncode == 1
     assert cli("estimate", "-m", "llama-60m", "--method", "adamw", "--gpu", "rtx-4090").returncode == 0
     assert cli("estimate", "-m", "llama-7b", "--gpu", "rtx-4090").returncode == 0  # a comparison, not a question

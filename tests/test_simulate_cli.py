@@ -88,7 +88,7 @@ def test_a_step_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "    return net, torch.optim.SGD(net.parameters()), [torch.randn(1, 8)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    done = invoke("--model", "own_cli:make", "--warm-up", "2", "--gpu", "528MiB")
+    done = invoke("--model", "own_cli:make", "--warm-up", "2", "--gpu", "300MiB")
     assert done.return_value == 1
     assert done.stdout.startswith("own_cli:make: 9 parameters\n")
     sys.modules.pop("own_cli")

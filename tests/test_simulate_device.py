@@ -9,6 +9,7 @@ from simulate_traces import MM, UP, card, simulation, step_of_two_layers
 
 from galore_mem.allocator.settings import parse_settings
 from galore_mem.allocator.snapshot import read_snapshot
+from galore_mem.evidence import CPU, Confidence
 from galore_mem.memory.tape import CATEGORIES
 from galore_mem.memory.tensor import TEMPORARIES
 from galore_mem.setup import Setup
@@ -169,10 +170,19 @@ def test_cached_memory_that_has_to_be_given_back_makes_it_tight() -> None:
 
 @pytest.mark.parametrize(("mib", "verdict"), [(138, "tight"), (144, "tight"), (145, "fits")])
 def test_verdicts(mib: int, verdict: str) -> None:
-    """138 are reserved; less than 5 % of that (6.9) to spare is tight."""
-    made = simulation(card=card(mib))
+    """138 are reserved; with a band of 5 %, 6.9 more are its upper end."""
+    made = simulation(card=card(mib), confidence=Confidence(CPU, 0.05, ""))
     assert made.fits is not None
     assert (made.fits.verdict, made.retries) == (verdict, 0)
+
+
+@pytest.mark.parametrize(("band", "verdict"), [(0.0, "does_not_fit"), (0.25, "tight")])
+def test_a_refusal_within_the_band(band: float, verdict: str) -> None:
+    """100 MiB refuse what 130 serve; a card larger by the band, 100 / 0.75 = 133, would serve it."""
+    made = simulation(card=card(100), confidence=Confidence(CPU, band, ""))
+    assert made.refusal is not None
+    assert made.fits is not None
+    assert (made.fits.verdict, made.fits.headroom_bytes) == (verdict, (100 - 138) * MIB)
 
 
 def test_a_fraction_of_the_card() -> None:

@@ -43,7 +43,13 @@ KeepGradients = Annotated[
     bool, typer.Option("--keep-gradients/--free-gradients", help="Between steps: zeroed, or set to None.")
 ]
 KeepLogits = Annotated[
-    str, typer.Option(help="Until when the loop holds what forward returned: none, backward or step.")
+    bool,
+    typer.Option(
+        "--keep-logits/--free-logits", help="Does the loop hold the model's output through backward and step?"
+    ),
+]
+KeepLogitsUntil = Annotated[
+    str | None, typer.Option(help="Of a loop that holds it: until backward or the step is over.", show_default="step")
 ]
 Transformers = Annotated[
     str | None, typer.Option(help="Release whose behavior is modelled: 4.57 or 5.23.", show_default=False)
@@ -55,6 +61,11 @@ Device = Annotated[str, typer.Option(help="cuda or cpu: allocator rounding, kern
 GpuName = Annotated[str | None, typer.Option(help="Card (rtx-4090) or capacity (24GiB) to judge against.")]
 Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")]
+
+
+def kept_logits(keep: bool, until: str | None) -> str | bool:
+    """The setup's `keep_logits`. To say until when is to say that it is held."""
+    return until or keep
 
 
 def assignments(texts: list[str], **given: int | None) -> dict[str, Any]:

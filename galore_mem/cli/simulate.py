@@ -19,6 +19,7 @@ from galore_mem.cli.options import (
     Implementation,
     KeepGradients,
     KeepLogits,
+    KeepLogitsUntil,
     Layerwise,
     Methods,
     Output,
@@ -29,6 +30,7 @@ from galore_mem.cli.options import (
     Torch,
     Transformers,
     assignments,
+    kept_logits,
     listed,
 )
 from galore_mem.cli.output import check_format, check_output, dump_json, write
@@ -58,7 +60,8 @@ def command(
     hyperparameter: Hyperparameters = None,
     gradient_accumulation: Accumulation = 1,
     keep_gradients: KeepGradients = False,
-    keep_logits: KeepLogits = "none",
+    keep_logits: KeepLogits = False,
+    keep_logits_until: KeepLogitsUntil = None,
     warm_up: Annotated[
         int | None, typer.Option(help="Of module:function, steps before the one looked at. Default: 1.", min=0)
     ] = None,
@@ -109,7 +112,7 @@ def command(
         gradient_checkpointing=gradient_checkpointing,
         layerwise=layerwise,
         keep_gradients=keep_gradients,
-        keep_logits=keep_logits,
+        keep_logits=kept_logits(keep_logits, keep_logits_until),
         transformers=transformers or modelled("transformers", TRANSFORMERS),
         torch=torch or modelled("torch", TORCH),
         gradient_accumulation=gradient_accumulation,

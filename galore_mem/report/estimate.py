@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from galore_mem.evidence import CLASSES
 from galore_mem.ledger import Entry
 from galore_mem.memory.tape import CATEGORIES, Bytes
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
@@ -39,7 +40,7 @@ def overview(result: EstimateResult) -> Table:
     columns = [
         Column("method"), Column("implementation", drop=6), Column("weights", right=True, drop=4),
         Column("gradients", right=True, drop=5), Column("state", right=True, drop=1), Column("peak", right=True),
-        Column("in"), Column("vs adamw", right=True, drop=3),
+        Column("in"), Column("within", drop=3), Column("vs adamw", right=True, drop=4),
         Column("at the peak", colours=dict(zip(GLYPHS, COLOURS, strict=True)), drop=2),
     ]  # fmt: skip
     if judged:
@@ -49,7 +50,8 @@ def overview(result: EstimateResult) -> Table:
         mark = "" if e.layerwise == result.setup["layerwise"] else "*"
         sizes = (e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.peak_allocated_bytes)
         row = [
-            e.method + mark, e.implementation, *(amount(n, unit) for n in sizes), e.peak.name, saving(e, baseline),
+            e.method + mark, e.implementation, *(amount(n, unit) for n in sizes), e.peak.name, within(e),
+            saving(e, baseline),
             bar(e.peak.components, highest),
         ]  # fmt: skip
         if judged:
@@ -76,9 +78,13 @@ def _footer(result: EstimateResult) -> Iterator[str]:
     if result.setup["gpu"]:
         outside = format_bytes(first.outside_allocator_bytes)
         yield (
-            f"{result.setup['gpu']}: GiB left (+) or missing (-) for the peak and {outside} of CUDA context; "
-            "tight: less than 5 % to spare for fragmentation."
+            f"{result.setup['gpu']}: GiB left (+) or missing (-) for the peak and {outside} of CUDA context. It fits "
+            "with the upper end of the band and the usual reserve, does not without room for the lower end; tight: "
+            "between."
         )
+        if first.reserve is not None:
+            yield f"reserve: {first.reserve.text}."
+    yield from bands(result.estimates)
     if any(e.layerwise != result.setup["layerwise"] for e in result.estimates):
         other = "has no layer-wise update" if result.setup["layerwise"] else "updates layer by layer, inside backward"
         yield f"* {other}."
@@ -90,6 +96,14 @@ def _footer(result: EstimateResult) -> Iterator[str]:
     yield from (f"Note: {a}." for a in sorted(clipped - common))
     if any("activations" in n for n in first.not_counted):
         yield f"Not counted: {first.not_counted[0]}."
+
+
+def bands(estimates: Sequence[Estimate]) -> Iterator[str]:
+    """What the classes of evidence in the table mean."""
+    found = {e.confidence.evidence for e in estimates if e.confidence is not None}
+    told = "; ".join(f"{name}: {CLASSES[name]}" for name in CLASSES if name in found)
+    if told:
+        yield f"within: how far off the measured peak may be, by what was measured. {told}."
 
 
 def kernels(result: EstimateResult, common: set[str]) -> Iterator[str]:
@@ -111,6 +125,11 @@ def unit_of(result: EstimateResult) -> int:
 
 def amount(n: int, unit: int) -> str:
     return f"{n / unit:.2f}" if n >= unit // 100 or n == 0 else f"{n / unit:.4f}"
+
+
+def within(e: Estimate) -> str:
+    """How far off the measured peak may be, and what says so."""
+    return "" if e.confidence is None else e.confidence.short
 
 
 def saving(e: Estimate, baseline: Estimate | None) -> str:
@@ -222,6 +241,8 @@ def explanation(e: Estimate) -> Iterator[str]:
             shape = " x ".join(map(str, k.shape)) or "scalar"
             shared = " (one for all layers)" if k.shared else ""
             yield f"    {k.nbytes:>13,} B  {k.dtype} {shape}: {', '.join(k.operations)}{shared}"
+    if e.confidence is not None:
+        yield f"  within {e.confidence.short}: {e.confidence.text}"
     yield from (f"  assumed: {a}" for a in e.assumptions)
     yield from (f"  not counted: {n}" for n in e.not_counted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from galore_mem.errors import unknown
+from galore_mem.evidence import CLASSES
 from galore_mem.memory.phases import PHASES
 from galore_mem.memory.tape import CATEGORIES
 from galore_mem.report.schema_parts import (
@@ -60,6 +61,10 @@ def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
         headroom_bytes=INT,
         verdict={"enum": ["fits", "tight", "does_not_fit"]},
     )
+    confidence = object_of(
+        evidence={"enum": list(CLASSES)}, band={"type": "number"}, low_bytes=BYTES, high_bytes=BYTES, text=TEXT
+    )
+    reserved = object_of(low_bytes=BYTES, usual_bytes=BYTES, high_bytes=BYTES, pairs=INT, text=TEXT)
     return {
         "method": TEXT,
         "implementation": TEXT,
@@ -73,6 +78,8 @@ def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
         "peak_reserved_bytes": or_null(BYTES),
         "outside_allocator_bytes": BYTES,
         "device_bytes": BYTES,
+        "confidence": or_null(confidence),
+        "reserved_by_rule": or_null(reserved),
         "fits": or_null(fits),
         "assumptions": TEXTS,
         "not_counted": TEXTS,

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from galore_mem.memory.tape import CATEGORIES
-from galore_mem.report.estimate import COLOURS, GLYPHS, LEGEND, VERDICTS, amount, bar, kernels, saving, unit_of, verdict
+from galore_mem.report.estimate import (
+    COLOURS,
+    GLYPHS,
+    LEGEND,
+    VERDICTS,
+    amount,
+    bands,
+    bar,
+    kernels,
+    saving,
+    unit_of,
+    verdict,
+    within,
+)
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
 from galore_mem.result import Phase
 from galore_mem.simulate.result import Live, Place, SimulateResult, Simulation
@@ -43,7 +56,8 @@ def overview(result: SimulateResult) -> Table:
         Column("in"),
     ]  # fmt: skip
     columns += [Column("reserved", right=True)] if reserves else []
-    columns += [Column("vs adamw", right=True, drop=3), Column("at the peak", colours=PAINT, drop=2)]
+    columns += [Column("within", drop=3)]
+    columns += [Column("vs adamw", right=True, drop=4), Column("at the peak", colours=PAINT, drop=2)]
     columns += [Column(str(result.setup["gpu"]), colours=VERDICTS)] if judged else []
     rows = []
     for s in runs:
@@ -51,6 +65,7 @@ def overview(result: SimulateResult) -> Table:
         sizes = (s.weights_bytes, s.gradients_bytes, s.optimizer_state_bytes, s.peak_allocated_bytes)
         row = [s.method + mark, s.implementation, *(amount(n, unit) for n in sizes), s.peak.name]
         row += [amount(s.peak_reserved_bytes or 0, unit)] if reserves else []
+        row += [within(s)]
         row += [saving(s, baseline), bar(s.peak.components, highest)]
         row += [verdict(s)] if judged else []
         rows.append(tuple(row))
@@ -88,8 +103,9 @@ def _footer(result: SimulateResult) -> Iterator[str]:
         outside = format_bytes(runs[0].outside_allocator_bytes)
         yield (
             f"{setup['gpu']}: GiB left (+) or missing (-) for what is reserved and {outside} of CUDA context; tight: "
-            "less than 5 % to spare, or served only after cached memory was given back."
+            "served only after cached memory was given back, or at one end of the band but not at the other."
         )
+    yield from bands(runs)
     if any(s.refusal for s in runs):
         yield "What ran out of memory is shown as it would be on a card with room."
     if any(s.layerwise != setup["layerwise"] for s in runs):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from galore_mem.allocator.settings import AllocatorSettings
-from galore_mem.estimator import fit
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.result import Fit, Phase
 from galore_mem.setup import Setup
@@ -76,7 +75,7 @@ def completed(made: Simulation, traced: Traced, setup: Setup, target: Target) ->
     )
     top = found.peak.name
     found = replace(found, at_peak=peak(run, highest[top].at, top))
-    return found if target.card is None else replace(found, fits=_fit(found, target.card, target.settings))
+    return found if target.card is None else replace(found, fits=_fit(found, target, trace))
 
 
 def _refusal(run: Run, at: int) -> Refusal:
@@ -87,11 +86,17 @@ def _refusal(run: Run, at: int) -> Refusal:
     return Refusal(place_of(run.trace, at), *sizes, str(error))
 
 
-def _fit(made: Simulation, card: Gpu, settings: AllocatorSettings) -> Fit:
-    """What was served fits; tightly, where cached memory had to be given back for it."""
-    found = fit(made.device_bytes, card)
-    allowed = int(settings.per_process_memory_fraction * card.capacity) - (made.peak_reserved_bytes or 0)
-    found = found._replace(headroom_bytes=min(found.headroom_bytes, allowed))
+def _fit(made: Simulation, target: Target, trace: Trace) -> Fit:
+    """What was served fits; tightly, where cached memory had to be given back for it, or the band's upper end would
+    not be. What was not, does not; tightly where a card would serve it that is larger by the band."""
+    card, band = target.card, made.confidence.band if made.confidence else 0.0
+    assert card is not None
+    outside, fraction = made.outside_allocator_bytes, target.settings.per_process_memory_fraction
+    room = min(card.capacity - outside, int(fraction * card.capacity))
+    needed = made.peak_reserved_bytes or 0
     if made.refusal is not None:
-        return found._replace(verdict="does_not_fit")
-    return found._replace(verdict="tight") if made.retries else found
+        larger = replace(target, card=card._replace(capacity=int(card.capacity / (1 - band))))
+        verdict = "does_not_fit" if larger.serve(trace)[1] is not None else "tight"
+    else:
+        verdict = "tight" if made.retries or needed * (1 + band) > room else "fits"
+    return Fit(card.name, card.capacity, room - needed, verdict)

@@ -9,6 +9,7 @@ from galore_mem._version import __version__
 from galore_mem.allocator.settings import parse_settings
 from galore_mem.errors import InputError
 from galore_mem.estimator import Case, check, given_for, model_json, select, setup_json
+from galore_mem.evidence import OWN, confidence
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.result import Unsupported
 from galore_mem.setup import Setup
@@ -131,6 +132,7 @@ def _by_method(case: Case, target: Target, says: Callable[[str], None], *, full:
     made = replace(
         made, hyperparameters=case.hyperparameters, assumptions=tuple(told.of_work(work, row)),
         not_counted=(*told.NOT_COUNTED, *work.code.not_counted),
+        confidence=confidence("simulate", work.setup, case.model.family, case.method.name, case.code.name),
     )  # fmt: skip
     return completed(made, traced, work.setup, target)
 
@@ -151,7 +153,10 @@ def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Beg
     traced = _traced(asked, setup, warm_up)
     about = asked.told
     made = _named(about["optimizer"], f"{about['optimizer']} of {asked.reference}", about["package"], setup.layerwise)
-    made = replace(made, assumptions=tuple(told.of_step(setup, about, warm_up)), not_counted=told.NOT_COUNTED)
+    made = replace(
+        made, assumptions=tuple(told.of_step(setup, about, warm_up)), not_counted=told.NOT_COUNTED,
+        confidence=confidence("simulate", setup, OWN, OWN, OWN),
+    )  # fmt: skip
     described = (
         setup_json(setup, None, target.card) | dict.fromkeys(DECIDED) | told.stack(setup, target.settings, full=True)
     )

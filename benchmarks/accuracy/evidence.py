@@ -1,0 +1,76 @@
+"""From the record to what the package carries of it, `galore_mem/evidence.json`: how far each predictor's peaks were
+off, by family, method and place; and how much of the device allocators held beyond a peak."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from record import Line
+
+PREDICTORS = ("estimate", "simulate")
+WAYS = {"recipe": "fp32", "attention": "sdpa", "loss": "eager"}  # with what a case has that does not say
+DIGITS = 6
+
+
+def write(path: Path, lines: Iterable[Line], verified: Path) -> None:
+    """`verified` is a record of `galore-mem verify`, which has the packages that the suite does without."""
+    found = [*(line["found"] for line in lines), *trained(verified)]
+    text = json.dumps(
+        {
+            "source": "written by `python benchmarks/accuracy` from its record; see docs/accuracy.md",
+            "errors": {name: errors(found, name) for name in PREDICTORS},
+            "ways": {way: sorted({of(one, way) for one in found}) for way in WAYS},
+            "reserved": reserved(found),
+        },
+        indent=1,
+    )
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def trained(record: Path) -> Iterator[dict[str, Any]]:
+    """Whole training steps of `verify`, as the suite's cases are."""
+    from galore_mem.verify.matrix import model_of
+    from galore_mem.verify.record import Record, latest
+
+    for outcome in latest(Record(record).read()):
+        case, said, real = outcome.case, outcome.predicted, outcome.measured
+        if case.workload == "train" and said is not None and real is not None:
+            yield {
+                "family": model_of(case.model).family, "method": case.method, "implementation": case.implementation,
+                "recipe": case.recipe, "options": case.options, "measured": {"peak": real.peak_allocated_bytes},
+                "estimate": {"peak": max(said.phases[name] for name in real.phases if name in said.phases)},
+            }  # fmt: skip
+
+
+def of(found: Mapping[str, Any], way: str) -> str:
+    return str(found.get(way) or found.get("options", {}).get(way) or WAYS[way])
+
+
+def errors(found: Iterable[Mapping[str, Any]], predictor: str) -> list[list[Any]]:
+    """Rows of `galore_mem.evidence.Compared`."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for one in found:
+        if one.get(predictor) is not None:
+            key = one.get("gpu", "cpu"), one["family"], one["method"], one["implementation"]
+            groups.setdefault(key, []).append(peak(one[predictor]) / peak(one["measured"]) - 1)
+    return [[*key, len(of), round(min(of), DIGITS), round(max(of), DIGITS)] for key, of in sorted(groups.items())]
+
+
+def peak(of: Mapping[str, Any]) -> int:
+    """The highest allocated bytes of a step."""
+    return int(of.get("peak") or max(of["phases"].values()))
+
+
+def reserved(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of `galore_mem.evidence.Reserve` by attention, from runs whose reserved peak was recorded."""
+    groups: dict[str, list[float]] = {}
+    for one in found:
+        if one["measured"].get("reserved"):
+            groups.setdefault(of(one, "attention"), []).append(one["measured"]["reserved"] / peak(one["measured"]))
+    return {
+        kind: [len(of), *(round(n, 4) for n in (min(of), median(of), max(of)))] for kind, of in sorted(groups.items())
+    }

@@ -1,0 +1,181 @@
+"""What stands behind a prediction: runs in which it was compared with measured memory, and by how much it was off.
+
+`evidence.json` is written by the accuracy suite (`python benchmarks/accuracy`) from its record; docs/accuracy.md is the
+same in words. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from galore_mem.setup import Setup
+from galore_mem.units import round_up
+
+FILE = Path(__file__).with_name("evidence.json")
+GPU, CPU, APART, FORMULA = "gpu", "cpu", "apart", "formula"  # classes, from the strongest
+CLASSES = {
+    GPU: "this family and method, on GPUs, by others", CPU: "this family and method, in real steps on the CPU",
+    APART: "each of them with others", FORMULA: "one of them never was, and the band is assumed",
+}  # fmt: skip
+OWN = "module:function"  # family, method and implementation of a training step that is not ours
+ASSUMED = 0.05  # the band where nothing was measured: an assumption, and said to be one
+BY_GUESS = "the band is assumed"
+SEGMENT = 2 << 20  # bytes: the allocator reserves in multiples of it (c10/cuda/CUDACachingAllocator.h, kSmallBuffer)
+
+
+class Compared(NamedTuple):
+    """Runs of a family with a method by an implementation in one place (`cpu`, or a card's name): how many, and the
+    lowest and highest signed error of the predicted peak, as a share of the measured one."""
+
+    place: str
+    family: str
+    method: str
+    implementation: str
+    runs: int
+    lowest: float
+    highest: float
+
+    @property
+    def worst(self) -> float:
+        return max(abs(self.lowest), abs(self.highest))
+
+
+class Confidence(NamedTuple):
+    """The class of evidence behind a prediction, and how far the measured peak may be from the predicted one: between
+    `1 - band` and `1 + band` times it."""
+
+    evidence: str
+    band: float
+    text: str
+
+    @property
+    def short(self) -> str:
+        """The band and its class in a few letters."""
+        return f"{self.band:.1%} {self.evidence}"
+
+    def low(self, nbytes: int) -> int:
+        return int(nbytes * (1 - self.band))
+
+    def high(self, nbytes: int) -> int:
+        return -int(-nbytes * (1 + self.band))
+
+    def to_json(self, nbytes: int) -> dict[str, Any]:
+        """With the band of a peak of so many bytes."""
+        return {
+            "evidence": self.evidence, "band": self.band, "low_bytes": self.low(nbytes),
+            "high_bytes": self.high(nbytes), "text": self.text,
+        }  # fmt: skip
+
+
+class Reserve(NamedTuple):
+    """What the caching allocator held of the device at its highest, as a multiple of the allocated peak, in published
+    runs with one kind of attention."""
+
+    pairs: int
+    lowest: float
+    median: float
+    highest: float
+
+    def bytes(self, allocated: int) -> tuple[int, int, int]:
+        """The lowest, the usual and the highest reserved peak for an allocated one."""
+        low, usual, high = (round_up(int(allocated * share), SEGMENT) for share in self[1:])
+        return low, usual, high
+
+    @property
+    def text(self) -> str:
+        return (
+            f"reserved was {self.lowest:.2f} to {self.highest:.2f} times allocated, {self.median:.2f} at the median, "
+            f"in {self.pairs} published runs on a GPU; simulate follows the allocator itself"
+        )
+
+    def to_json(self, allocated: int) -> dict[str, Any]:
+        low, usual, high = self.bytes(allocated)
+        return {"low_bytes": low, "usual_bytes": usual, "high_bytes": high, "pairs": self.pairs, "text": self.text}
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return found
+
+
+def compared(predictor: str) -> tuple[Compared, ...]:
+    """All that `estimate` or `simulate` was compared with."""
+    return tuple(Compared(*row) for row in _data()["errors"][predictor])
+
+
+def reserve(attention: str) -> Reserve | None:
+    """The published pairs of this attention; None where there are none."""
+    row = _data()["reserved"].get(attention)
+    return None if row is None else Reserve(*row)
+
+
+def confidence(predictor: str, setup: Setup, family: str | None, method: str, implementation: str) -> Confidence:
+    """The evidence for `estimate`'s or `simulate`'s peak of one run.
+
+    `gpu`: the family with the method was measured on a GPU (by others); `cpu`: in real steps on the CPU, so that what
+    a card does differently rests on PyTorch's sources and on the errors of other runs on GPUs; `apart`: only each with
+    something else; `formula`: one of them, or how the setup trains, was never measured.
+    """
+    found = weighed(compared(predictor), setup.device, family, method, implementation)
+    unseen = [f"{name} {value}" for name, value in _ways(setup).items() if value not in _data()["ways"][name]]
+    if not unseen:
+        return found
+    return Confidence(FORMULA, max(found.band, ASSUMED), f"nothing with {', '.join(unseen)} was measured; {BY_GUESS}")
+
+
+def _ways(setup: Setup) -> dict[str, str]:
+    """Of a setup, what decides which operations run."""
+    return {"recipe": setup.recipe.name, "attention": setup.attention, "loss": setup.loss}
+
+
+def weighed(rows: Iterable[Compared], device: str, family: str | None, method: str, implementation: str) -> Confidence:
+    """The same from given comparisons, for a setup that was among them."""
+    rows = tuple(rows)
+    cards = [row for row in rows if row.place != CPU] if device == "cuda" else []
+    here = [row for row in rows if row.place == CPU]
+    both = _with(lambda row: (row.family, row.method, row.implementation) == (family, method, implementation))
+    on_card, on_cpu = both(cards), both(here)
+    if on_card:
+        band = max(_worst(on_card), _usual(cards))
+        return Confidence(GPU, band, f"{_runs(on_card)} of this family and method on {_places(on_card)}, by others")
+    general = _worst(cards or here)
+    if on_cpu:
+        band = max(_worst(on_cpu), general if device == "cuda" else 0.0)
+        behind = f"; the band is the largest error of {_runs(cards)} of others on GPUs" if cards else ""
+        return Confidence(CPU, band, f"{_runs(on_cpu)} of this family and method on the CPU{behind}")
+    by_method = _with(lambda row: (row.method, row.implementation) == (method, implementation))(rows)
+    by_family = _with(lambda row: row.family == family)(rows)
+    if by_method and by_family:
+        band = max(general, _worst([*by_method, *by_family]))
+        text = f"{_runs(by_family)} of the family with other methods, {_runs(by_method)} of the method elsewhere"
+        return Confidence(APART, band, f"{text}; the band is the largest error of any")
+    missing = " and ".join([*["this family"] * (not by_family), *["this method"] * (not by_method)])
+    return Confidence(FORMULA, max(general, ASSUMED), f"nothing of {missing} was measured; {BY_GUESS}")
+
+
+def _with(asked: Callable[[Compared], bool]) -> Callable[[Iterable[Compared]], list[Compared]]:
+    return lambda rows: [row for row in rows if asked(row)]
+
+
+def _worst(rows: Iterable[Compared]) -> float:
+    return max((row.worst for row in rows), default=0.0)
+
+
+def _usual(rows: Iterable[Compared]) -> float:
+    """The median of the rows' largest errors: one run that happened to be exact promises nothing for the next."""
+    worst = sorted(row.worst for row in rows)
+    return worst[len(worst) // 2] if worst else 0.0
+
+
+def _runs(rows: Iterable[Compared]) -> str:
+    count = sum(row.runs for row in rows)
+    return f"{count} measured run" + "s" * (count != 1)
+
+
+def _places(rows: Iterable[Compared]) -> str:
+    return ", ".join(sorted({row.place for row in rows}))
