@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from statistics import median, quantiles
-from textwrap import fill
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from errors import percent, table, text
+from record import VERSIONS, Line
 
 from galore_mem.memory.tensor import CATEGORIES
-from galore_mem.report.tables import Column, Table, to_markdown
 
 GIB = 2**30
 MEM_TRACKER_SAYS = {"torch-loop": 50.69, "torch-foreach": 62.76}  # GiB, in an earlier run, of torch 2.13
 WORKSPACES = 2 * 8_519_680  # bytes of cuBLAS, which MemTracker does not know
-Line = Mapping[str, Any]
-
-
-class Peak(NamedTuple):
-    """A phase's highest moment in one case: bytes as they should be, and as they are predicted."""
-
-    case: str
-    phase: str
-    right: int
-    said: int
-
-    @property
-    def error(self) -> float:
-        return (self.said - self.right) / self.right
 
 
 def document(lines: Sequence[Line], wanted: Mapping[str, int]) -> str:
     """Every number in it is from the record."""
     by_part = {name: [one for one in lines if one["part"] == name] for name in wanted}
-    parts: list[str] = ["# Simulation beside reality", head(lines, by_part, wanted)]
-    for name, write in WRITERS.items():
-        if by_part[name]:
-            parts += write(by_part[name])
+    parts = ["# Large models, simulated", head(lines, by_part, wanted)]
+    if by_part["large"]:
+        parts += large(by_part["large"])
     if by_part["memtracker"]:
         parts += memtracker(by_part["memtracker"], by_part["large"])
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
@@ -45,154 +29,21 @@ def document(lines: Sequence[Line], wanted: Mapping[str, int]) -> str:
 
 def head(lines: Sequence[Line], by_part: Mapping[str, Sequence[Line]], wanted: Mapping[str, int]) -> str:
     dates = sorted({one["date"] for one in lines})
-    stack = sorted({f"{name} {one[name]}" for one in lines for name in ("galore-mem", "torch", "transformers")})
+    stack = sorted({f"{name} {one[name]}" for one in lines for name in VERSIONS if name in one})
     counts = "; ".join(f"{name} {len(by_part[name])} of {n}" for name, n in wanted.items())
-    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "no day"
     return text(
         f"Written by `python benchmarks/simulate.py` from what was run on {days}: {', '.join(stack)}, Python "
-        f"{platform.python_version()}, on a CPU. Tasks in the record: {counts}."
+        f"{platform.python_version()}, on a CPU. Runs in the record: {counts}. How right simulations are is in "
+        f"[accuracy.md](accuracy.md)."
     )
-
-
-def text(said: str) -> str:
-    return fill(" ".join(said.split()), 118, break_on_hyphens=False, break_long_words=False)
-
-
-def table(columns: Mapping[str, bool], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown; a column's value says whether it is aligned to the right."""
-    return to_markdown(Table("", tuple(Column(n, right=r) for n, r in columns.items()), tuple(map(tuple, rows))))
-
-
-def percent(value: float) -> str:
-    return f"{value:+.4%}".replace("%", " %") if value else "0"
-
-
-def spread(peaks: Sequence[Peak]) -> tuple[str, str, str]:
-    """Median, 95th percentile and worst of the errors' sizes."""
-    sizes = sorted(abs(peak.error) for peak in peaks)
-    high = quantiles(sizes, n=20)[-1] if len(sizes) > 1 else sizes[0]
-    return tuple(f"{n:.4%}".replace("%", " %") for n in (median(sizes), high, sizes[-1]))  # type: ignore[return-value]
-
-
-# -- real runs on the CPU ------------------------------------------------------------------------------------
-
-
-def cpu(lines: Sequence[Line]) -> Iterator[str]:
-    peaks = [
-        Peak(one["key"], phase, right, said) for one in lines for phase, (right, said) in one["found"]["phases"].items()
-    ]
-    same = sum(one["found"]["stays"][0] == one["found"]["stays"][1] for one in lines)
-    middle, high, worst = spread(peaks)
-    yield "## Real training steps on the CPU"
-    yield text(
-        f"{len(lines)} small models with random weights were trained for real, one thread, without oneDNN, every event "
-        f"of torch's allocator recorded from before the first tensor; and simulated with `--device cpu`, every layer. "
-        f"*Real* and *simulated*: the highest bytes in a phase, everything included. Weights, gradients and optimizer "
-        f"state are equal to the byte in {same} of {len(lines)}."
-    )
-    yield text(f"{len(peaks)} peaks: median error {middle}, 95th percentile {high}, worst {worst} (bars: 1 %, -, 2 %).")
-    rows = []
-    for phase in dict.fromkeys(peak.phase for peak in peaks):
-        of_phase = [peak for peak in peaks if peak.phase == phase]
-        exact = sum(peak.right == peak.said for peak in of_phase)
-        rows.append((phase, str(len(of_phase)), str(exact), *spread(of_phase)))
-    yield table({"phase": False, "peaks": True, "equal": True, "median": True, "95 %": True, "worst": True}, rows)
-    far = sorted((peak for peak in peaks if abs(peak.said - peak.right) > SCALARS), key=lambda peak: -abs(peak.error))
-    yield text(
-        f"Differences of up to {SCALARS} bytes are numbers of Python that become tensors inside C++, where no dispatch "
-        f"mode sees them. Larger ones: {len(far)}."
-    )
-    if far:
-        yield table(
-            {"case": False, "phase": False, "real": True, "simulated": True, "difference": True, "error": True},
-            ((p.case, p.phase, f"{p.right:,}", f"{p.said:,}", f"{p.said - p.right:+,}", percent(p.error)) for p in far),
-        )
-    yield "<details><summary>Every case</summary>"
-    yield table(
-        {"case": False, "forward": True, "backward": True, "step": True, "refresh": True, "stays": False},
-        ((one["key"], *errors(one["found"]), stays(one["found"])) for one in lines),
-    )
-    yield "</details>"
-
-
-SCALARS = 256  # bytes: numbers, 8 each; LoRA keeps one for each adapter
-
-
-def errors(found: Mapping[str, Any]) -> Iterator[str]:
-    for phase in ("forward", "backward", "step", "refresh"):
-        if phase in found["phases"]:
-            right, said = found["phases"][phase]
-            yield f"{said:,} ({said - right:+,})"
-        else:
-            yield ""
-
-
-def stays(found: Mapping[str, Any]) -> str:
-    real, said = found["stays"]
-    return "equal" if real == said else f"real {real}, simulated {said}"
-
-
-# -- estimate and simulate -----------------------------------------------------------------------------------
-
-
-def agreement(lines: Sequence[Line]) -> Iterator[str]:
-    peaks = [
-        Peak(one["key"], phase, simulated, said)
-        for one in lines
-        for phase, (said, simulated) in one["found"]["phases"].items()
-    ]
-    middle, high, worst = spread(peaks)
-    models = dict.fromkeys(one["found"]["model"] for one in lines)
-    yield "## `estimate` and `simulate` on CUDA"
-    yield text(
-        f"{len(models)} bundled models, pure-bf16, two sizes of batch and sequence (1 x 2,048 and 8 x 256, or the "
-        f"longest that the model has learned), AdamW, GaLore and LoRA, with and without checkpointing: {len(peaks)} "
-        f"peaks of {len(lines)} runs. The estimate's difference from the simulation: median {middle}, 95th percentile "
-        f"{high}, worst {worst} (bar: 0.5 %)."
-    )
-    yield text(
-        "What makes it was looked for in the same model with three layers, block by block at each phase's highest "
-        "moment (bytes in blocks of 512; positive: only the simulation has it):"
-    )
-    found: dict[tuple[str, int], set[str]] = {}
-    times: Counter[tuple[str, int]] = Counter()
-    for one in lines:
-        for phase, rows in one["found"]["differences"].items():
-            for name, size in rows:
-                key = (name.removeprefix("base_model.model."), size)
-                times[key] += 1
-                found.setdefault(key, set()).add(f"{one['found']['model']}:{phase}")
-    yield table(
-        {"what": False, "bytes": True, "peaks": True, "phases": False, "models": False},
-        (
-            (name, f"{size:+,}", str(times[name, size]), *places(found[name, size]))
-            for name, size in sorted(found, key=lambda key: (-abs(key[1]), key[0]))
-        ),
-    )
-    yield "<details><summary>Every model: the largest difference of its peaks</summary>"
-    yield table(
-        {"model": False, "peaks": True, "largest difference": True, "bytes": True, "where": False},
-        (row(name, [peak for peak in peaks if peak.case.split()[0] == name]) for name in models),
-    )
-    yield "</details>"
-
-
-def places(found: Iterable[str]) -> tuple[str, str]:
-    pairs = [one.split(":") for one in sorted(found)]
-    return ", ".join(sorted({phase for _, phase in pairs})), ", ".join(dict.fromkeys(name for name, _ in pairs))
-
-
-def row(name: str, peaks: Sequence[Peak]) -> tuple[str, ...]:
-    most = max(peaks, key=lambda peak: abs(peak.error))
-    where = f"{most.case.removeprefix(name).strip()}: {most.phase}"
-    return name, str(len(peaks)), percent(most.error), f"{most.said - most.right:+,}", where
 
 
 # -- large models --------------------------------------------------------------------------------------------
 
 
 def large(lines: Sequence[Line]) -> Iterator[str]:
-    yield "## Large models, simulated on CUDA"
+    yield "## Without weights and without a GPU"
     yield text(
         "Batch 1, 2,048 tokens, pure-bf16, the real model and optimizer of transformers and torch; Llama-3.1-405B and "
         "DeepSeek-V3 with checkpointing. *Layers*: those whose programs ran; what the others do follows from them, "
@@ -269,6 +120,3 @@ def memtracker(lines: Sequence[Line], ours: Sequence[Line]) -> Iterator[str]:
         },
         rows,
     )  # fmt: skip
-
-
-WRITERS: dict[str, Callable[[Sequence[Line]], Iterator[str]]] = {"cpu": cpu, "agreement": agreement, "large": large}

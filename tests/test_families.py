@@ -113,6 +113,9 @@ CASES = [
     Case("gpt2", recipe="amp-bf16"),
     Case("llama", "eager", True, recipe="amp-bf16"),
     Case("bert", recipe="amp-bf16"),
+    # attention dropout: the composite form, which autocast runs as a whole
+    Case("bert-dropout", "sdpa", recipe="amp-bf16"),
+    Case("gpt2-dropout", "sdpa", True, recipe="amp-bf16"),
     Case("llama-gqa", "sdpa", lora=QKVO),
     Case("llama-gqa", "sdpa", recipe="pure-bf16", lora=QKVO),
     Case("llama-gqa", "sdpa", True, recipe="pure-bf16", lora=QKVO),

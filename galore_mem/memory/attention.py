@@ -66,7 +66,8 @@ def sdpa(
         # convert_boolean_attn_mask)
         mask = q.tape.empty(mask.shape, q.dtype)
     if kernel == "math":
-        return sdpa_math(q, k, v, mask, dropout, causal=causal)
+        with q.tape.autocast_region(None):  # autocast casts the arguments and runs what is inside without it
+            return sdpa_math(q, k, v, mask, dropout, causal=causal)
     if kernel == "flash" and q.shape[-1] % 8:  # attention.cpp, pad_last_dim<8>
         width = round_up(q.shape[-1], 8)
         padded = _fused(pad_last(q, width), pad_last(k, width), pad_last(v, width), mask, kernel)

@@ -1,0 +1,112 @@
+"""The machinery of `benchmarks/accuracy`: a record that runs go on from, and errors whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+SUITE = Path(__file__).parents[1] / "benchmarks" / "accuracy"
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The suite's modules, by attribute."""
+    monkeypatch.syspath_prepend(str(SUITE))
+    names = [path.stem for path in SUITE.glob("*.py") if path.stem != "__main__"]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield SimpleNamespace(**{name: import_module(name) for name in ("record", "errors")})
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def answer(task: Any) -> dict[str, Any]:
+    if task == "dies":
+        os._exit(3)
+    if task == "fails":
+        raise ValueError("no such size")
+    return {"said": task}
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_failed_is_run_again_and_what_was_answered_is_not(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite.record, "WARM", ())
+    path = tmp_path / "r.jsonl"
+    part = suite.record.Part({name: name for name in ("good", "fails", "dies")}, answer)
+    suite.record.run({"p": part}, path, jobs=2)
+    found = suite.record.read(path)
+    assert found["p", "good"]["found"] == {"said": "good"}
+    assert found["p", "fails"]["found"] == {"failed": "ValueError: no such size"}
+    assert found["p", "dies"]["found"] == {"failed": "its process ended with 3"}
+    assert [suite.record.good(found["p", key]) for key in part.tasks] == [True, False, False]
+    suite.record.run({"p": part}, path, jobs=1)
+    assert [one["key"] for one in lines(path)][3:] == ["fails", "dies"]
+    suite.record.run({"p": part}, path, jobs=1, again=["good"])
+    assert [one["key"] for one in lines(path)][5:] == ["good", "fails", "dies"]
+    suite.record.run({"p": part}, path, jobs=1, again=[])
+    assert len(lines(path)) == 3 + 2 + 3 + 3
+    suite.record.tidy(path, [("p", "dies"), ("p", "good"), ("p", "never")])
+    assert [one["key"] for one in lines(path)] == ["dies", "good"]
+
+
+def test_a_line_that_was_cut_off_is_none_and_goes(suite: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    first, second = ({"part": "p", "key": key, "found": {}} for key in "ab")
+    suite.record.append(path, first)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"part":"p","ke')
+    assert list(suite.record.read(path)) == [("p", "a")]
+    suite.record.append(path, second)
+    assert lines(path) == [first, second]
+
+
+def pair(suite: Any, measured: int, predicted: int, case: str = "", what: str = "peak", by: str = "simulate") -> Any:
+    return suite.errors.Pair(by, case, "llama", "adamw", what, measured, predicted)
+
+
+def test_spread(suite: Any) -> None:
+    """Errors -3 %, 0, +1 %, +2 %: signed median 0.5 %; sizes 0, 1, 2, 3 %: median 1.5 %, and 95 % of the way from the
+    first to the fourth is 2.85 steps on: 2.85 %."""
+    pairs = [pair(suite, 100, n, str(n)) for n in (97, 100, 101, 102)]
+    found = suite.errors.spread(pairs)
+    assert (found.count, found.equal, found.worst.case) == (4, 1, "97")
+    assert found.signed == pytest.approx(0.005)
+    assert found.middle == pytest.approx(0.015)
+    assert found.high == pytest.approx(0.0285)
+
+
+def test_nothing_that_was_predicted_is_infinitely_wrong(suite: Any) -> None:
+    assert pair(suite, 0, 0).error == 0
+    assert pair(suite, 0, 1).error == float("inf")
+
+
+def test_percents_say_that_an_error_is_not_nothing(suite: Any) -> None:
+    shown = [suite.errors.percent(value) for value in (0, 0.0123456, -0.00000412, 3e-10)]
+    assert shown == ["0", "+1.235 %", "-0.0004 %", "+0.00000003 %"]
+
+
+def test_the_worst_of_each_group_and_predictor(suite: Any) -> None:
+    pairs = [pair(suite, 100, 98, "a"), pair(suite, 100, 101, "b"), pair(suite, 100, 100, "a", by="estimate")]
+    written: str = suite.errors.by_predictor(pairs, lambda one: one.family, "family")
+    assert "| llama | 2 | -2.000 % | -2.000 % | a: peak | 0 | 0 |  |" in written.splitlines()
+
+
+def test_two_cases_of_one_name_are_refused(suite: Any) -> None:
+    module = ModuleType("m")
+    module.cases = lambda: [SimpleNamespace(key="a")] * 2  # type: ignore[attr-defined]
+    module.run = answer  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="one name"):
+        suite.record.part_of(module)
