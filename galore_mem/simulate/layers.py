@@ -16,15 +16,14 @@ from galore_mem.setup import Setup
 from galore_mem.simulate.depths import Pattern, pattern
 from galore_mem.simulate.models import Stack, built, spec_of, stack_of, with_layers, work_of
 from galore_mem.simulate.repeat import LAYER, Affine, Unlike, repeated
-from galore_mem.simulate.session import Traced, trace_work
+from galore_mem.simulate.session import Told, Traced, trace_work
 from galore_mem.verify.builders import Builder, Request, builder
-from galore_mem.verify.workloads import Measured
+from galore_mem.verify.workloads import BETWEEN, Measured
 
 ATTEMPTS = 2  # how often with more layers, where what a layer adds was not found
 WHOLE = "every layer was traced"
 GROUPED = ("aten._grouped_mm", "transformers.grouped_mm")
 EXPERTS = "experts: all tokens' rows go through products of groups, so which experts they choose changes no size"
-Told = Callable[[str], None]
 Factory = Callable[[nn.Module], Optimizer]
 
 
@@ -39,8 +38,13 @@ def trace_layers(work: Work, row: Builder, *, full: bool = False, told: Told = l
             return _from_shallow(work, row, stack, told)
         except Unlike as reason:
             why = f"; {reason}"
-    told(f"{count} layers" if count else "the model")
-    return _noted(trace_work(work, row), (count,) if count else (), WHOLE + why)
+    what = f"{count} layers" if count else "the model"
+    return _noted(trace_work(work, row, _within(what, told)), (count,) if count else (), WHOLE + why)
+
+
+def _within(what: str, told: Told) -> Told:
+    """Tells phases of what is traced; what is between them has no name of its own."""
+    return lambda phase: None if phase == BETWEEN else told(f"{what}, {phase}")
 
 
 def from_config(
@@ -76,7 +80,9 @@ def _from_shallow(work: Work, row: Builder, stack: Stack, told: Told) -> Traced:
         depths = found.depths(more)
         for periods in depths:
             if periods not in known:
-                known[periods] = trace_work(_shallow(work, stack, found.kept(periods), told), row)
+                kept = found.kept(periods)
+                what = _within(f"{len(kept)} of {len(stack.layers)} layers", told)
+                known[periods] = trace_work(_shallow(work, stack, kept), row, what)
         try:
             return _deeper(found, depths, [known[periods] for periods in depths])
         except Unlike as reason:
@@ -84,9 +90,8 @@ def _from_shallow(work: Work, row: Builder, stack: Stack, told: Told) -> Traced:
     raise problem
 
 
-def _shallow(work: Work, stack: Stack, kept: Sequence[int], told: Told) -> Work:
+def _shallow(work: Work, stack: Stack, kept: Sequence[int]) -> Work:
     """The same training run of a model with some of the layers. Raises `Unlike` where it has others."""
-    told(f"{len(kept)} of {len(stack.layers)} layers")
     shallow = work._replace(model=with_layers(work.model, kept))
     numbers, kinds = stack.numbers(), stack.kinds(stack.numbers())
     if stack_of(built(shallow)).kinds(numbers) != [kinds[i] for i in kept]:

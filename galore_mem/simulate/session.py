@@ -36,13 +36,15 @@ from galore_mem.verify.residents import tensors, total
 from galore_mem.verify.workloads import WARM, Largest, Marks, Measured, run_train, train
 
 META = torch.device("meta")
+Told = Callable[[str], None]
 
 
 class TraceMeter:
     """A meter (`galore_mem.verify.meters`) of a program on `meta`: used around its whole life, told where phases
-    begin. `ended` gives what happened."""
+    begin, which it tells `told`. `ended` gives what happened."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, told: Told = lambda phase: None) -> None:
+        self._told = told
         self._modules = Modules(self._label_weights)
         self._tracer = Tracer(setup, self._modules)
         self._setup = setup
@@ -50,7 +52,6 @@ class TraceMeter:
         # they live to the end of the trace, with what they hold, after whoever made them has returned
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._models: dict[int, torch.nn.Module] = {}
-        self._names: dict[int, str] = {}
 
     @property
     def assumed(self) -> tuple[Assumed, ...]:
@@ -76,6 +77,7 @@ class TraceMeter:
 
     def enter(self, phase: str) -> None:
         self.label_states()
+        self._told(phase)
         self._tracer.enter(phase)
 
     def ended(self) -> Trace:
@@ -93,7 +95,7 @@ class TraceMeter:
         models = [module for root in self._models.values() for module in root.modules()]
         for optimizer in self._optimizers.values():
             for p, state in optimizer.state.items():
-                name = self._names.get(id(p), "")
+                name = self._tracer.names.get(id(p), "")
                 for path, t in tensors(state):
                     self._tracer.label(t, OPTIMIZER_STATE, f"{name}:{path}")
             for path, t in tensors(vars(optimizer), without=models):
@@ -105,7 +107,7 @@ class TraceMeter:
         self._models[id(root)] = root
         for rows in (root.named_buffers(), root.named_parameters()):
             for name, p in rows:
-                self._names[id(p)] = name
+                self._tracer.names[id(p)] = name
                 for held in (p, vars(p)):
                     for _, t in tensors(held):
                         if t is not p.grad:
@@ -136,12 +138,12 @@ class Traced:
     notes: tuple[str, ...] = ()
 
 
-def trace(program: Callable[[TraceMeter], Measured | None], setup: Setup) -> Traced:
-    """Runs a program on `meta` that tells the meter its phases. Nothing has values there, and nothing takes memory.
-    Raises `InputError` where the program needs values."""
+def trace(program: Callable[[TraceMeter], Measured | None], setup: Setup, told: Told = lambda phase: None) -> Traced:
+    """Runs a program on `meta` that tells the meter its phases, and the meter `told`. Nothing has values there, and
+    nothing takes memory. Raises `InputError` where the program needs values."""
     with suppress(ImportError):  # before its functions are looked up to be replaced
         import_module("transformers.utils.generic")
-    with new_tables(), uncollected(), TraceMeter(setup) as meter, refused(meter.path_of):
+    with new_tables(), uncollected(), TraceMeter(setup, told) as meter, refused(meter.path_of):
         found = program(meter) or Measured(0, 0, 0, {})
         ended = meter.ended()
     # (what a program on `meta` counts of the state lacks the tensors in host memory, which may be the device)
@@ -197,7 +199,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def trace_work(work: Work, row: Builder) -> Traced:
+def trace_work(work: Work, row: Builder, told: Told = lambda phase: None) -> Traced:
     """The training steps of `verify` (workload `train`) for a spec, a method and an implementation."""
     for module in row.needs:  # what libraries make as they are imported is not the run's
         with suppress(ImportError):
@@ -207,7 +209,7 @@ def trace_work(work: Work, row: Builder) -> Traced:
         with row.around():
             return run_train(work, row, META, meter)
 
-    return trace(program, work.setup)
+    return trace(program, work.setup, told)
 
 
 # model, optimizer, batch (or a function that makes one anew for each pass), and, where the model returns no loss, a

@@ -50,6 +50,7 @@ class Tracer(TorchDispatchMode):
         self.trace = Trace(setup.granularity)
         self.assumed: dict[Assumed, None] = {}
         self.operations = 0
+        self.names: dict[int, str] = {}  # of parameters, by their id
         self._modules = modules
         self._setup = setup
         self._on_host = setup.device == "cpu"  # are tensors in host memory on the device?
@@ -190,6 +191,7 @@ class Tracer(TorchDispatchMode):
             one = self.trace.allocations[index]
             if one.category != WEIGHTS:
                 one.category = GRADIENTS
+                one.name = f"{self.names[leaf]}:grad" if leaf in self.names else one.name
         self._leaf = leaf
 
     def _born(self, made: Allocation) -> int:
