@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from galore_mem.memory.iteration import reduction
 from galore_mem.memory.phases import CUBLAS_WORKSPACES, cublas_workspace
+from galore_mem.memory.reductions import CARDS, processors, scratch
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.addresses import DriverAddresses
-from galore_mem.memory.iteration import reduction
-from galore_mem.memory.reductions import CARDS, processors, scratch
 from galore_mem.simulate.session import META, TraceMeter, trace, trace_work
 from galore_mem.simulate.sorting import sort_bytes
 from galore_mem.units import MIB

@@ -1,7 +1,7 @@
 """How right are `estimate` and `simulate`? Beside real runs here and others' real runs on GPUs, and each other.
 
     pip install '.[test]'
-    python benchmarks/accuracy [--only cpu gpu agreement] [--jobs 2] [--again [WORD ...]]
+    python benchmarks/accuracy [--only cpu gpu recorded agreement] [--jobs 2] [--again [WORD ...]]
 
 What has been run is in a record (record.jsonl beside this file) and is not run again, so an interrupted run goes on
 where it was; `--again` runs it anew, with words only the cases that have them all in their names (`--again gpt2
@@ -34,6 +34,7 @@ ROOT = HERE.parent.parent
 PARTS = {
     "cpu": "cpu",
     "gpu": "gpu",
+    "recorded": "recorded",
     "agreement": "agreement",
 }
 # the document's sections: a module with `section(lines)`, given the lines of this part. Those of the figure's panels
@@ -41,6 +42,7 @@ PARTS = {
 SECTIONS = {
     "report_cpu": "cpu",
     "report_gpu": "gpu",
+    "report_recorded": "recorded",
     "report_peers": "gpu",
     "report_agreement": "agreement",
 }

@@ -54,7 +54,7 @@ def errors(found: Iterable[Mapping[str, Any]], predictor: str) -> list[list[Any]
     """Rows of `galore_mem.evidence.Compared`."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for one in found:
-        if one.get(predictor) is not None:
+        if one.get(predictor) is not None and (one["measured"].get("peak") or one["measured"].get("phases")):
             key = one.get("gpu", "cpu"), one["family"], one["method"], one["implementation"]
             groups.setdefault(key, []).append(peak(one[predictor]) / peak(one["measured"]) - 1)
     return [[*key, len(of), round(min(of), DIGITS), round(max(of), DIGITS)] for key, of in sorted(groups.items())]

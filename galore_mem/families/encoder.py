@@ -63,7 +63,7 @@ def _self_attention(net: Network, path: str, hidden_states: Tensor) -> tuple[Ten
     key = split_heads(net.linear(f"{path}.key", hidden_states), net.head_dim)
     value = split_heads(net.linear(f"{path}.value", hidden_states), net.head_dim)
     dropout = net.config["attention_probs_dropout_prob"]
-    output, weights = attention(net, query, key, value, None, dropout=dropout, causal=False)
+    output, weights = attention(net, query, key, value, None, dropout=dropout, downcast=False, causal=False)
     return ops.contiguous(ops.reshape(output, *hidden_states.shape[:-1], -1)), weights
 
 

@@ -119,7 +119,8 @@ def _decoder(net: Network, input_ids: Tensor) -> Tensor:
     mask = causal_mask(net, inputs_embeds)
     hidden_states = ops.dropout(hidden_states, config["embd_pdrop"])
     for i in net.layers():
-        hidden_states = net.checkpoint(partial(_layer, net, f"transformer.h.{i}", mask), hidden_states)
+        # the layer receives position_ids too, so a checkpointed layer keeps them
+        hidden_states = net.checkpoint(partial(_layer, net, f"transformer.h.{i}", mask, position_ids), hidden_states)
     return _norm(net, "transformer.ln_f", hidden_states)
 
 
@@ -127,7 +128,7 @@ def _norm(net: Network, path: str, x: Tensor) -> Tensor:
     return ops.layer_norm(x, net.weight(f"{path}.weight"), net.weight(f"{path}.bias"))
 
 
-def _layer(net: Network, path: str, mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+def _layer(net: Network, path: str, mask: Tensor | None, position_ids: Tensor, hidden_states: Tensor) -> Tensor:
     residual = hidden_states
     hidden_states = _norm(net, f"{path}.ln_1", hidden_states)
     attn_output, _weights = _self_attention(net, f"{path}.attn", mask, hidden_states)

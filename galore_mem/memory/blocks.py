@@ -137,15 +137,18 @@ def attention(
     *,
     dropout: float = 0.0,
     upcast: bool = False,
+    downcast: bool = True,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of the setup: (output as batch x length x heads x head_dim, weights if materialised).
 
     `upcast`: the softmax is taken in float32 (the LLaMA line), not in the scores' own format (GPT-2, BERT).
+    `downcast`: what it gives has the format of query and value again, also where autocast made it float32 (all but
+    BERT, where dropout works on float32 then).
     """
     groups = query.shape[1] // key.shape[1]
     if net.setup.attention == "eager":
-        return _eager(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, dropout, upcast)
+        return _eager(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, dropout, upcast, downcast)
     if mask is not None:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if net.setup.attention == "flash":
@@ -159,7 +162,7 @@ def attention(
 
 
 def _eager(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, upcast: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, upcast: bool, downcast: bool
 ) -> tuple[Tensor, Tensor]:
     weights = ops.scale(ops.matmul(query, ops.transpose(key, 2, 3)))
     if mask is not None:
@@ -167,7 +170,9 @@ def _eager(
     if upcast:
         weights = ops.to(ops.softmax(weights, FLOAT32), query.dtype)
     else:
-        weights = ops.to(ops.softmax(weights), value.dtype)
+        weights = ops.softmax(weights)
+        if downcast:
+            weights = ops.to(weights, value.dtype)
     weights = ops.dropout(weights, dropout)
     output = ops.matmul(weights, value)
     return ops.contiguous(ops.transpose(output, 1, 2)), weights

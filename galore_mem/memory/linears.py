@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from galore_mem.dtypes import DType
 from galore_mem.memory.ops import add, autocast, clone, conv1d, linear, reshape, scale, to, view
+from galore_mem.memory.reductions import reduce
 from galore_mem.memory.tape import Grads, Tensor
 
 
@@ -56,18 +57,22 @@ def nf4(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None)
     (tuners/lora/bnb.py, Linear4bit.forward).
 
     The input is cast to the compute format and the result back. The matrix is dequantized for the product and again for
-    the gradient of the input; neither copy is kept. With adapters the base's result is cloned, and their branch is cast
-    to their format unless autocast is on.
+    the gradient of the input; neither copy is kept. With adapters the base's result is cloned. The input is cast to
+    their format, and what they give to the result's, unless `torch.is_autocast_enabled()`, which is asked without a
+    device and so means CUDA's: under the CPU's autocast both casts are made.
     """
     if not weights[-1].requires_grad:
         return _nf4_base(layer, x, weights[0])
     a, b = weights[-2:]
     result = clone(_nf4_base(layer, x, weights[0]))
     result_dtype = result.dtype
-    if x.tape.autocast is None:
+    converts = x.tape.autocast is None or x.tape.device == "cpu"
+    if converts:
         x = to(x, a.dtype)
     branch = scale(linear(linear(x, a), b))
-    return add(result, to(branch, result_dtype))
+    if converts:
+        branch = to(branch, result_dtype)
+    return add(result, branch)
 
 
 def _nf4_base(layer: Layer, x: Tensor, codes: Tensor) -> Tensor:
@@ -121,7 +126,7 @@ def int8(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None
             grad_x = tape.empty(shape_x, grad.dtype)
             del multiplied
         grad_w = tape.empty(shape_w, grad.dtype) if for_w else None
-        return grad_x, grad_w, tape.empty((layer.out_features,), grad.dtype) if for_b else None
+        return grad_x, grad_w, _summed_rows(grad) if for_b else None
 
     saved = (tuple(weights) if for_x else ()) + ((rows,) if for_w else ())
     node = tape.node("ProductBackward", (rows, weight, bias), saved, backward)
@@ -131,6 +136,13 @@ def int8(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None
     del multiplied, added
     tape.bind(node, out)
     return view(out, *x.shape[:-1], layer.out_features)
+
+
+def _summed_rows(grad: Tensor) -> Tensor:
+    """`grad.sum(0)`: a bias's gradient."""
+    found = grad.tape.empty(grad.shape[1:], grad.dtype)
+    reduce(grad, (0,))
+    return found
 
 
 def int8_package(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -147,7 +159,7 @@ def int8_package(layer: Layer, x: Tensor, weights: Sequence[Tensor], bias: Tenso
         matrix = tape.empty(shape_w, grad.dtype)
         grad_x = tape.empty(shape_x, grad.dtype)
         del matrix
-        grad_bias = None if bias is None else tape.empty((layer.out_features,), grad.dtype)
+        grad_bias = None if bias is None else _summed_rows(grad)
         return grad_x, tape.empty(shape_w, grad.dtype), grad_bias
 
     node = tape.node("W8LinearBackward", (rows, weight, bias), (rows, weight), backward)

@@ -184,6 +184,11 @@ class Network:
         """The graph is gone, and with it a gradient of the embeddings."""
         self._inputs = None
 
+    def inputs_gradient(self) -> int:
+        """Bytes of the gradient of the embeddings, which is no parameter's and is there as long as the graph."""
+        grad = None if self._inputs is None else self._inputs.grad
+        return 0 if grad is None else grad.storage.nbytes
+
     def checkpoint(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function(x)`, checkpointed if the setup says so."""
         return checkpoint(function, x) if self.setup.gradient_checkpointing else function(x)

@@ -181,7 +181,7 @@ def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
             loss = loss.detach()  # what is left of the graph goes
             network.dropped()
         live = tape.live  # the loss, and the outputs if they are kept, lie there during the step
-        retained = (0, 0, 0, live[3], live[4])
+        retained = (0, network.inputs_gradient(), 0, live[3], live[4])
         del loss, outputs
     else:
         retained = (0, 0, 0, tape.live[3], tape.live[4])

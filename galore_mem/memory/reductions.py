@@ -7,7 +7,6 @@ has in memory of the caching allocator, and a counter says which is the last. Ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple

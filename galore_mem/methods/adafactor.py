@@ -152,7 +152,9 @@ def group(slots: Slots, *, matrices: bool) -> Iterator[Slot]:
 
 def _updates_of_matrices(slots: Slots, job: Job) -> list[Tensor]:
     for over in (-1, -2):
-        means = [norm(slot, slot.param.shape, slot.param.dtype, over, keep=True) for slot in group(slots, matrices=True)]
+        means = [
+            norm(slot, slot.param.shape, slot.param.dtype, over, keep=True) for slot in group(slots, matrices=True)
+        ]
         del means
     updates = [slot.like() for slot in group(slots, matrices=True)]
     averages = [

@@ -48,11 +48,6 @@ def state(p: Trained, job: Job) -> tuple[Buffer, ...]:
 # -- pieces of step programs: values per row and per block ------------------------------------------
 
 
-def rows_shape(part: Partition) -> Shape:
-    """Shape of one value per row."""
-    return (1, part.rows) if part.dim else (part.rows, 1)
-
-
 def mean_squares(slot: Slot, part: Partition, given: Shape | None = None) -> Tensor:
     """`vector_norm` over each row of the gradient (or of a matrix of the shape `given`), squared in float32; then the
     means of blocks."""

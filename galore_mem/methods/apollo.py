@@ -31,6 +31,7 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
+from galore_mem.methods.eager import norm
 from galore_mem.methods.projection import REFERENCE, applies, factor, one_side, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
@@ -94,9 +95,11 @@ def step(slots: Slots, job: Job, refresh: bool, *, tensor_wise: bool) -> None:
         denom = slot.new(shape, p.dtype)
         norm_grad = slot.new(shape, p.dtype)
         if projected:
-            channels: Shape = () if tensor_wise else (max(p.shape),)
-            norms = slot.new(channels, p.dtype), slot.new(channels, p.dtype, slot.new(channels, p.dtype))
-            factors = slot.new(channels, p.dtype, norms)
+            over = None if tensor_wise else 0 if p.shape[0] < p.shape[1] else 1
+            of_update = norm(slot, shape, p.dtype, over)
+            norms = of_update, slot.new(of_update.shape, p.dtype, norm(slot, shape, p.dtype, over))
+            del of_update
+            factors = slot.new(norms[0].shape, p.dtype, norms)
             del norms
             scaled_grad = slot.like()
             scaled_grad = slot.like()  # / limiter

@@ -105,10 +105,7 @@ def _new_rms(slots: Slots, *, matrices: bool) -> None:
 def _means_and_factors(slots: Slots, job: Job) -> None:
     """Row means of all, column means of all, then one parameter's row and column factors at a time."""
     for over in (-1, -2):
-        means = [
-            mean(slot, job, slot.param.shape, slot.param.dtype, over)
-            for slot in group(slots, matrices=True)
-        ]
+        means = [mean(slot, job, slot.param.shape, slot.param.dtype, over) for slot in group(slots, matrices=True)]
         del means
     for slot in group(slots, matrices=True):
         factors = [slot.new(side(slot.param.shape), slot.param.dtype) for side in (rows, cols)]

@@ -23,6 +23,7 @@ from galore_mem.methods.base import (
     Slots,
     Trained,
 )
+from galore_mem.methods.eager import norm
 from galore_mem.methods.projection import PROJ_TYPE, applies, low_shape, lowered, one_side, raised, regular_first
 from galore_mem.methods.svd import SVD_WORKSPACE
 
@@ -60,9 +61,11 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
         norm_grad = slot.new(shape, dtype)
         if projected:
             subgrad = slot.like(raised(slot, job, dtype))
-            channels = (max(shape),)
-            norms = slot.new(channels, dtype), slot.new(channels, dtype, slot.new(channels, dtype))
-            factors = slot.new(channels, dtype, norms)
+            over = 0 if shape[0] < shape[1] else 1
+            of_update = norm(slot, shape, dtype, over)
+            norms = of_update, slot.new(of_update.shape, dtype, norm(slot, shape, dtype, over))
+            del of_update
+            factors = slot.new(norms[0].shape, dtype, norms)
             del norms
             scaling_grad = slot.like(slot.like())  # (p.grad - subgrad) * scaling_factor
             scaling_grad = slot.like()  # / limiter

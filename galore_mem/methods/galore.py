@@ -65,7 +65,7 @@ def step(slots: Slots, job: Job, refresh: bool, renew: Callable[[Slot, Job], Non
     `sqrt(exp_avg_sq) + eps`, then the update; other parameters need one `sqrt(exp_avg_sq)`."""
     for slot in slots:
         if not applies(slot.param):
-            slot.like()
+            slot.new(slot.param.shape, of_squares(slot.param.dtype))
             continue
         if refresh:
             renew(slot, job)

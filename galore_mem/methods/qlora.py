@@ -3,8 +3,9 @@
 Dettmers, Pagnoni, Holtzman, Zettlemoyer: QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314. The base
 takes 4 bits and, with double quantization, 8/64 + 32/(64·256) = 0.127 bits more per element for its scales.
 
-transformers 5.23 replaces every linear layer but the head by bitsandbytes' Linear4bit, whether it gets
-adapters or not (quantizers, integrations/bitsandbytes.py). Per matrix (bitsandbytes 0.50.2, functional.py,
+transformers 5.23 replaces every linear layer but the output embedding by bitsandbytes' Linear4bit, whether it gets
+adapters or not (quantizers/base.py, get_keys_to_not_convert; integrations/bitsandbytes.py); other layers of a head, as
+BERT's, are replaced too. Per matrix (bitsandbytes 0.50.2, functional.py,
 quantize_4bit): packed codes; one scale per 64 elements, in float32 or, with `double_quant`, one byte, then with
 float32 scales per 256 of those, their offset, and a copy of the 256-entry table of 8-bit codes; the 16 NF4
 values. peft.prepare_model_for_kbit_training casts all other 16-bit parameters to float32; the adapters are
@@ -27,14 +28,23 @@ DOUBLE_QUANT = Hyperparameter("double_quant", 1, "1: the scales of NF4 blocks ar
 BLOCK, NESTED_BLOCK = 64, 256
 
 
+# the output embeddings of the families, where they are no other parameter's; a bias may belong to the head around them
+KEPT = frozenset(("lm_head", "lm_head.decoder", "cls.predictions", "cls.predictions.decoder"))
+
+
+def kept(row: ParamSpec) -> bool:
+    """Is this a parameter of the output embedding?"""
+    return row.role is Role.HEAD and row.name.rpartition(".")[0] in KEPT
+
+
 def quantizes(row: ParamSpec) -> bool:
-    """Is this the weight of a linear layer other than the head?"""
-    return row.is_matrix_of_linear and len(row.shape) == 2 and row.role is not Role.HEAD
+    """Is this the weight of a linear layer other than the output embedding?"""
+    return row.is_matrix_of_linear and len(row.shape) == 2 and not kept(row)
 
 
 def rest(row: ParamSpec, job: Job) -> DType:
     """The format of what is not quantized: float32, but for biases of quantized layers."""
-    bias = row.module in ("linear", "conv1d") and len(row.shape) == 1 and row.role is not Role.HEAD
+    bias = row.module in ("linear", "conv1d") and len(row.shape) == 1 and not kept(row)
     return (job.recipe.autocast or job.recipe.weights) if bias else FLOAT32
 
 

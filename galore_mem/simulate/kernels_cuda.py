@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from galore_mem.memory import attention
 from galore_mem.simulate import branches, nf4, sorting

@@ -57,7 +57,8 @@ class Memo:
             value = op(*args, **kwargs)
             return Result(value, self._program(op, args, kwargs, value))
         try:
-            key: Any = (op, described(args), described(tuple(kwargs.items())) if kwargs else ())
+            default = torch.get_default_dtype()  # of what is made without a format
+            key: Any = (op, described(args), described(tuple(kwargs.items())) if kwargs else (), default)
         except NotRemembered:
             key = None
         known = self._known.get(key) if key is not None else None

@@ -24,7 +24,7 @@ def patched(setup: Setup, follow: Callable[[Tensor, str], None]) -> Iterator[Non
         for name in ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices"):
             stack.enter_context(patch.object(OPTIMIZERS, name, _with_meta(name, setup.device)))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
-            stack.enter_context(patch.object(torch, name, _as_on_cpu(getattr(torch, name))))
+            stack.enter_context(patch.object(torch, name, _as_on_cpu(getattr(torch, name), setup.device)))
         region = torch.amp.autocast_mode.autocast
         stack.enter_context(patch.object(region, "__init__", _region_on_cpu(region.__init__)))
         stack.enter_context(patch.object(torch, "clear_autocast_cache", _and_ours(torch.clear_autocast_cache)))
@@ -71,11 +71,12 @@ def _forked(fork: Callable[..., Any]) -> Callable[..., Any]:
     return forked
 
 
-def _as_on_cpu(ask: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch knows of the CPU's autocast, asked of `meta`."""
+def _as_on_cpu(ask: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """What torch knows of the CPU's autocast, asked of `meta` or of the simulated device. (peft asks without one, which
+    means CUDA: on the CPU the answer is no, whatever region the program is in.)"""
 
     def asked(device_type: str = "cuda") -> Any:
-        return ask("cpu" if device_type == "meta" else device_type)
+        return ask("cpu" if device_type in ("meta", device) else device_type)
 
     return asked
 

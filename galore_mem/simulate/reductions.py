@@ -1,4 +1,4 @@
-"""What CUDA's reductions allocate in a traced program: the twin's rule (`galore_mem.memory.reductions`) on torch's tensors.
+"""What CUDA's reductions allocate in a traced program: the twin's rule (`galore_mem.memory.reductions`).
 
 An `element` function gives the bytes of one partial result of an operand.
 """
