@@ -235,6 +235,12 @@ def peft_on_nf4(model: Any, work: Work) -> Any:
     return qlora(model, work)
 
 
+def without_matrices() -> AbstractContextManager[Any]:
+    from galore_mem.verify.adapters import without_matrices
+
+    return without_matrices()
+
+
 # -- the table ---------------------------------------------------------------------------------------------
 
 ADAMW, SGD, ADAFACTOR = "torch.optim.AdamW", "torch.optim.SGD", "torch.optim.Adafactor"
@@ -287,11 +293,11 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     },
     **{
         (name, "peft" if kind == "foreach" else f"peft-{kind}"): all_together(
-            ADAMW, more=how, prepare=prepare, needs=("torch", *needs)
+            ADAMW, more=how, prepare=prepare, making=making, needs=("torch", *needs)
         )
-        for name, prepare, needs in (
-            ("lora", peft_adapters, ("peft",)),
-            ("qlora", peft_on_nf4, ("peft", "bitsandbytes")),
+        for name, prepare, making, needs in (
+            ("lora", peft_adapters, nullcontext, ("peft",)),
+            ("qlora", peft_on_nf4, without_matrices, ("peft", "bitsandbytes")),
         )
         for kind, how in KINDS.items()
     },

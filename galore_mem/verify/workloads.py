@@ -135,7 +135,8 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
 def run_train(work: Work, builder: Builder, device: torch.device, meter: Marks) -> Measured:
     """Forward, backward and step of the transformers model with random weights."""
     meter.enter(WARM)
-    model = transformers_model(work, device)
+    with builder.making():
+        model = transformers_model(work, device)
     if builder.prepare is not None:
         model = builder.prepare(model, work)
     members = members_of(model, work)
