@@ -5,8 +5,8 @@
 
 What has been run is in a record (record.jsonl beside this file) and is not run again, so an interrupted run goes on
 where it was; `--again` runs it anew, with words only the cases that have them all in their names (`--again gpt2
-amp-bf16`). docs/accuracy.md and docs/accuracy.png, and what the package carries of it (galore_mem/evidence.json), are
-written from the record at the end; `--only` with no part only writes them.
+amp-bf16`). docs/accuracy.md and docs/accuracy.png, the README's table and what the package carries of it
+(galore_mem/evidence.json) are written from the record at the end; `--only` with no part only writes them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, which is imported later,
 
 import evidence
 import plot
+import readme
 from errors import Pair, text
 from record import VERSIONS, Line, Part, good, part_of, read, run, tidy
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+DOCUMENT = ROOT / "docs" / "accuracy.md"
 # a part's name, and its module: `cases()` and `run(case)`
 PARTS = {
     "cpu": "cpu",
@@ -46,8 +48,12 @@ SECTIONS = {
     "report_peers": "gpu",
     "report_agreement": "agreement",
 }
-MEASURED = ("cpu", "gpu")  # parts in which something was measured: what the package says of its own errors
+MEASURED = ("cpu", "gpu", "recorded")  # parts in which something was measured: what the package says of its own errors
 PANELS = {"Real steps on the CPU": "report_cpu", "Others' real runs on GPUs": "report_gpu"}
+BESIDE = {
+    "real steps on the CPU, here": "report_cpu", "real runs on GPUs, by others": "report_gpu",
+    "recordings of GPUs, of others' own models": "report_recorded",
+}  # fmt: skip
 
 
 def parts() -> dict[str, Part]:
@@ -62,7 +68,7 @@ def main() -> None:
     parser.add_argument("--again", nargs="*", metavar="WORD")
     parser.add_argument("--tidy", action="store_true", help="drop lines of the record that later ones replace")
     parser.add_argument("--record", type=Path, default=HERE / "record.jsonl")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
+    parser.add_argument("--output", type=Path, default=DOCUMENT)
     given = parser.parse_args()
     run({name: known[name] for name in given.only}, given.record, given.jobs, given.again)
     if given.tidy:
@@ -72,19 +78,21 @@ def main() -> None:
         name: [lines[name, key] for key in part.tasks if (name, key) in lines] for name, part in known.items()
     }  # fmt: skip
     measured = [[line for line in by_part.get(name, ()) if good(line)] for name in MEASURED]
-    if all(measured):
+    if all(measured) and given.output == DOCUMENT:
         verified = ROOT / "benchmarks" / "verify.jsonl"
         evidence.write(ROOT / "galore_mem" / "evidence.json", chain.from_iterable(measured), verified)
     figure = given.output.with_suffix(".png")
-    drawn = plot.draw(panels(by_part), figure)
+    drawn = plot.draw(pairs_of(PANELS, by_part), figure)
     wanted = {name: len(part.tasks) for name, part in known.items()}
     given.output.write_text(document(by_part, wanted, figure.name if drawn else None), encoding="utf-8")
+    if given.output == DOCUMENT:
+        readme.write(ROOT / "README.md", pairs_of(BESIDE, by_part))
 
 
-def panels(by_part: Mapping[str, Sequence[Line]]) -> dict[str, list[Pair]]:
-    """The figure's panels with their pairs, of the parts that have been run."""
+def pairs_of(reports: Mapping[str, str], by_part: Mapping[str, Sequence[Line]]) -> dict[str, list[Pair]]:
+    """The pairs of reports by their title, of the parts that have been run."""
     found = {}
-    for title, name in PANELS.items():
+    for title, name in reports.items():
         lines = [line for line in by_part.get(SECTIONS[name], ()) if good(line)]
         if lines and find_spec(name):
             found[title] = list(import_module(name).pairs(lines))

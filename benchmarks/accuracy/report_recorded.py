@@ -19,8 +19,8 @@ def pairs(lines: Sequence[Line]) -> Iterator[Pair]:
 def section(lines: Sequence[Line]) -> Iterator[str]:
     yield "## Recorded runs of others' own models"
     yield text(
-        f"{len(lines)} memory snapshots that two authors took of their own models on GPUs. Equivalent models were traced "
-        "without values and replayed through the allocator's model, from the start of the process; event by event: "
-        "[recordings.md](recordings.md)."
+        f"{len(lines)} memory snapshots that two authors took of their own models on GPUs. Equivalent models were "
+        "traced without values and replayed through the allocator's model, from the start of the process; event by "
+        "event: [recordings.md](recordings.md)."
     )
     yield by_what(pairs(lines))
