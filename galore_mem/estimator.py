@@ -40,6 +40,7 @@ def estimate(
     targets: Iterable[str] | None = None,
     gpu: str | None = None,
     explain: bool = False,
+    reserved: bool = False,
     **hyperparameters: int | float | str | None,
 ) -> EstimateResult:
     """How much memory training `model` takes with each method.
@@ -47,7 +48,9 @@ def estimate(
     `model` is what `--model` takes (a bundled name, a config.json, a folder, a safetensors file, a cached hub id)
     or a `ModelSpec`; `methods` are names of the registry (None: all); `implementation` is a name, `all`, or None
     for each method's default; `targets` names the linears that low-rank methods apply to; `hyperparameters` are
-    `rank`, `update_proj_gap` and what else a method declares. Raises `InputError` for anything unknown or impossible.
+    `rank`, `update_proj_gap` and what else a method declares. `reserved` follows the CUDA allocator too (a tenth to a
+    third of a second a method): what it reserves, and in the peaks what its blocks leave unused. Raises `InputError`
+    for anything unknown or impossible.
     """
     spec = resolve(model) if isinstance(model, str) else model
     setup = setup or Setup(seq_len=default_seq_len(spec))
@@ -59,13 +62,15 @@ def estimate(
     chosen = tuple(targets) if targets is not None else None
     asked = tuple(dict.fromkeys(methods or ()))
     check(spec, setup, asked, convention, chosen, hyperparameters)
+    if reserved and (setup.device == "cpu" or convention == "paper"):
+        raise InputError("--reserved follows the CUDA allocator; leave it out with --device cpu or --convention paper")
     cache: dict[object, Phases] = {}
     answers: list[Estimate] = []
     unsupported: list[Unsupported] = []
     for found, code in select(asked, implementation, convention, setup):
         case = Case(spec, setup, found, code, chosen, given_for(found, hyperparameters), convention, card)
         try:
-            answers.append(budget(case, cache, explain=explain))
+            answers.append(budget(case, cache, explain=explain, reserved=reserved))
         except InputError as error:  # one method of all cannot handle this model or setup
             if asked:
                 raise
@@ -205,8 +210,11 @@ def given_for(found: Method, given: Mapping[str, int | float | str | None]) -> d
     return values
 
 
-def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bool = False) -> Estimate:
-    """The estimate of one case. `cache` shares forward and backward passes between cases of one model and setup."""
+def budget(
+    case: Case, cache: dict[object, Phases] | None = None, *, explain: bool = False, reserved: bool = False
+) -> Estimate:
+    """The estimate of one case. `cache` shares forward and backward passes between cases of one model and setup;
+    `reserved` follows the allocator."""
     work = case.work()
     entries = tuple(ledger(work.model, work.code, work.job, work.targets))
     phases, kernels = _phases(work, entries, cache if cache is not None else {})
@@ -236,7 +244,26 @@ def budget(case: Case, cache: dict[object, Phases] | None = None, *, explain: bo
         confidence=_confidence(case, work),
         reserve=reserve(work.setup.attention) if work.setup.device == "cuda" else None,
     )
+    if reserved:
+        made = _followed(made, work)
     return made if case.card is None else replace(made, fits=fit(made, case.card))
+
+
+def _followed(made: Estimate, work: Work) -> Estimate:
+    """The estimate with its phases as the allocator has them. (What a layer adds is the closed form's.)"""
+    from galore_mem.followed import follow  # the allocator's model is not loaded before it is asked for
+
+    found = follow(work)
+    layers = {phase.name: phase.per_layer for phase in made.phases}
+    setup, told_by = work.setup, made.confidence
+    if told_by is not None:
+        told_by = confidence("estimate --reserved", setup, work.model.family, made.method, made.implementation)
+    phases = tuple(phase._replace(per_layer=layers[phase.name]) for phase in found.phases)
+    told = "caching allocator (default settings), one stream; one step that makes the state before those shown"
+    return replace(
+        made, phases=phases, peak_reserved_bytes=found.reserved, reserve=None, confidence=told_by, assumptions=(*made.assumptions, told),
+        not_counted=tuple(one for one in made.not_counted if one != GENERAL_NOT_COUNTED[0]),
+    )  # fmt: skip
 
 
 def _confidence(case: Case, work: Work) -> Confidence | None:
@@ -251,6 +278,8 @@ def fit(made: Estimate, card: Gpu) -> Fit:
     peak, outside = made.peak_allocated_bytes, made.outside_allocator_bytes
     low, high = (made.confidence.low(peak), made.confidence.high(peak)) if made.confidence else (peak, peak)
     usual = high if made.reserve is None else max(high, made.reserve.bytes(high)[1])
+    if made.peak_reserved_bytes is not None and made.confidence is not None:
+        usual = made.confidence.high(made.peak_reserved_bytes)
     return Fit(card.name, card.capacity, card.capacity - made.device_bytes, between(low, usual, card, outside))
 
 

@@ -121,7 +121,7 @@ def confidence(predictor: str, setup: Setup, family: str | None, method: str, im
     a card does differently rests on PyTorch's sources and on the errors of other runs on GPUs; `apart`: only each with
     something else; `formula`: one of them, or how the setup trains, was never measured.
     """
-    found = weighed(compared(predictor), setup.device, family, method, implementation)
+    found = weighed(compared(predictor), _data()["usual"][predictor], setup.device, family, method, implementation)
     unseen = [f"{name} {value}" for name, value in _ways(setup).items() if value not in _data()["ways"][name]]
     if not unseen:
         return found
@@ -133,15 +133,18 @@ def _ways(setup: Setup) -> dict[str, str]:
     return {"recipe": setup.recipe.name, "attention": setup.attention, "loss": setup.loss}
 
 
-def weighed(rows: Iterable[Compared], device: str, family: str | None, method: str, implementation: str) -> Confidence:
-    """The same from given comparisons, for a setup that was among them."""
+def weighed(
+    rows: Iterable[Compared], usual: float, device: str, family: str | None, method: str, implementation: str
+) -> Confidence:
+    """The same from given comparisons, for a setup that was among them. `usual`: what 95 of 100 runs on GPUs stay
+    within; less is promised of none, for a run that happened to be exact says nothing of the next."""
     rows = tuple(rows)
     cards = [row for row in rows if row.place != CPU] if device == "cuda" else []
     here = [row for row in rows if row.place == CPU]
     both = _with(lambda row: (row.family, row.method, row.implementation) == (family, method, implementation))
     on_card, on_cpu = both(cards), both(here)
     if on_card:
-        band = max(_worst(on_card), _usual(cards))
+        band = max(_worst(on_card), usual)
         return Confidence(GPU, band, f"{_runs(on_card)} of this family and method on {_places(on_card)}, by others")
     general = _worst(cards or here)
     if on_cpu:
@@ -164,12 +167,6 @@ def _with(asked: Callable[[Compared], bool]) -> Callable[[Iterable[Compared]], l
 
 def _worst(rows: Iterable[Compared]) -> float:
     return max((row.worst for row in rows), default=0.0)
-
-
-def _usual(rows: Iterable[Compared]) -> float:
-    """The median of the rows' largest errors: one run that happened to be exact promises nothing for the next."""
-    worst = sorted(row.worst for row in rows)
-    return worst[len(worst) // 2] if worst else 0.0
 
 
 def _runs(rows: Iterable[Compared]) -> str:

@@ -17,8 +17,8 @@ ESTIMATE_SCHEMA = "galore-mem.estimate/1"
 class Phase(NamedTuple):
     """The highest moment of one phase; the components sum to `allocated_bytes`.
 
-    `per_layer` is what one more layer would add to each component, where it is known. Of a simulated phase more is:
-    the most that the allocator had `reserved`, and what of the components is `slack`, room in its blocks that no tensor
+    `per_layer` is what one more layer would add to each component, where it is known. Where the allocator is followed
+    more is: the most that the allocator had `reserved`, and what of the components is `slack`, room in its blocks that no tensor
     uses.
     """
 
@@ -37,6 +37,8 @@ class Phase(NamedTuple):
             "name": self.name,
             "allocated_bytes": self.allocated_bytes,
             "components": dict(zip(CATEGORIES, self.components, strict=True)),
+            "reserved_bytes": self.reserved_bytes,
+            "slack_bytes": self.slack_bytes,
         }
 
 

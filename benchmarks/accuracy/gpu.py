@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ def run(row: Row) -> Found:
         "recipe": row.recipe, "attention": row.setup.attention, "outside": card.context,
         "measured": measured(row), "not": {},
     }  # fmt: skip
-    for name, predictor in (("estimate", estimated), ("simulate", simulated)):
+    for name, predictor in PREDICTORS.items():
         try:
             found[name] = compared(predictor(row), found["measured"])
         except InputError as error:
@@ -77,23 +77,24 @@ def measured(row: Row) -> Found:
     return {name: n for name, n in found.items() if n or isinstance(n, dict)}
 
 
-def estimated(row: Row) -> Found:
+def estimated(row: Row, *, reserved: bool = False) -> Found:
     if not row.trains:
         raise InputError("it is inference")
     if row.headless:
         raise InputError("no encoder without a head")
-    made = budget(row.case)
+    made = budget(row.case, reserved=reserved)
     phases = {phase.name: phase.allocated_bytes for phase in made.phases}
     phases["forward"] = max(phases["forward"], phases.pop("loss"))
     beside = keys_and_values(row) if row.loop.use_cache else 0
     phases |= {name: phases[name] + beside for name in PHASES}
     stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
-    return {
+    found: Found = {
         "peak": max(phases[name] for name in PHASES),
         "phases": {name: phases[name] for name in PHASES},
         "residents": dict(zip(("weights", "gradients", "optimizer_state"), stays, strict=True)),
         "loaded": phases["load"],
     }
+    return found | ({"reserved": made.peak_reserved_bytes} if reserved else {})
 
 
 def keys_and_values(row: Row) -> int:
@@ -253,3 +254,8 @@ def events(row: Row, trace: Trace) -> Iterator[Event]:
             yield Mark(upcoming.phase)
             upcoming = next(marks, None)
         yield Alloc(event, trace.allocations[event].nbytes) if event >= 0 else Free(~event)
+
+
+PREDICTORS: dict[str, Callable[[Row], Found]] = {
+    "estimate": estimated, "estimate --reserved": partial(estimated, reserved=True), "simulate": simulated,
+}  # fmt: skip

@@ -14,8 +14,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 MIB, GIB = 2**20, 2**30
-STYLES = {"estimate": ("#0072b2", "o"), "simulate": ("#d55e00", "D")}
-OTHER = ("#7f7f7f", "s")
+# color, marker, its size: the small one is filled
+STYLES = {"estimate": ("#0072b2", "o", 34), "estimate --reserved": ("#009e73", "s", 30), "simulate": ("#d55e00", "D", 9)}
+OTHER = ("#7f7f7f", "^", 20)
 BARS = ((0.02, "#f5f5f5"), (0.01, "#ebebeb"))  # of the errors: what is asked at worst, at the median
 LINEAR = 1e-6  # errors below are drawn to scale, larger ones by their logarithm
 TICKS = (1e-6, 1e-4, 1e-2)
@@ -57,8 +58,8 @@ def against(axes: Any, peaks: Sequence[Pair], title: str) -> None:
     low, high = (f(pair.measured for pair in peaks) for f in (min, max))
     limits = (low / 1.3, high * 1.3)
     axes.plot(limits, limits, color="#bbbbbb", linewidth=1, zorder=1)
-    for size, (name, own) in zip((34, 9), by_predictor(peaks).items(), strict=False):
-        color, marker = STYLES.get(name, OTHER)
+    for name, own in by_predictor(peaks).items():
+        color, marker, size = STYLES.get(name, OTHER)
         axes.scatter(
             [p.measured for p in own], [p.predicted for p in own], s=size, marker=marker, zorder=2,
             facecolors="none" if size > 9 else color, edgecolors=color, linewidths=0.9 if size > 9 else 0,
@@ -78,7 +79,7 @@ def signed(axes: Any, peaks: Sequence[Pair]) -> None:
         axes.axhspan(-size, size, color=color, linewidth=0, zorder=0)
     axes.axhline(0, color="#bbbbbb", linewidth=1, zorder=1)
     for name, own in by_predictor(peaks).items():
-        color, marker = STYLES.get(name, OTHER)
+        color, marker, _ = STYLES.get(name, OTHER)
         axes.scatter(
             [p.measured for p in own], [p.error for p in own], s=12, marker=marker, color=color, alpha=0.55,
             linewidths=0, zorder=2,

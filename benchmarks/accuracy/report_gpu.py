@@ -8,8 +8,12 @@ from typing import Any
 from errors import Pair, by_predictor, by_what, details, percent, size_of, spread, table, text
 from record import Line
 
-PREDICTORS = ("estimate", "simulate")
-BARS = {"estimate": (0.005, 0.02), "simulate": (0.002, 0.01)}  # of the allocated peak: at the median, at worst
+PREDICTORS = ("estimate", "estimate --reserved", "simulate")
+BARS = {
+    "estimate": (0.005, 0.02),
+    "estimate --reserved": (0.005, 0.02),
+    "simulate": (0.002, 0.01),
+}  # of the allocated peak: at the median, at worst
 PEAK, RESERVED = "peak", "reserved"
 NAMED = {"loaded": "allocated after the load", "after the first step": "what the first step leaves"}
 
@@ -20,7 +24,7 @@ def pairs(lines: Sequence[Line]) -> Iterator[Pair]:
         found = line["found"]
         right = dict(_sizes(found["measured"]))
         for predictor in PREDICTORS:
-            for what, predicted in _sizes(found[predictor] or {}):
+            for what, predicted in _sizes(found.get(predictor) or {}):
                 names = found["title"], found["family"], f"{found['method']} ({found['implementation']})"
                 yield Pair(predictor, *names, what, right[what], predicted)
 
@@ -181,8 +185,9 @@ def legend() -> str:
 
 def every(lines: Sequence[Line]) -> str:
     columns = {
-        "run": False, "measured peak": True, "estimate": True, "simulate": True, "phases, estimate": False,
-        "phases, simulate": False, "reserved": True, "simulate, reserved": True,
+        "run": False, "measured peak": True, **dict.fromkeys(PREDICTORS, True),
+        **{f"phases, {name}": False for name in PREDICTORS}, "reserved": True,
+        **{f"{name}, reserved": True for name in PREDICTORS[1:]},
     }  # fmt: skip
     return table(columns, (tuple(_cells(line["found"])) for line in lines))
 
@@ -192,12 +197,13 @@ def _cells(found: Mapping[str, Any]) -> Iterator[str]:
     yield found["title"]
     yield f"{right['peak']:,}" if "peak" in right else "-"
     for name in PREDICTORS:
-        yield _error(found[name], right, "peak")
+        yield _error(found.get(name), right, "peak")
     for name in PREDICTORS:
-        said = found[name] or {}
+        said = found.get(name) or {}
         yield ", ".join(f"{p} {_error(said.get('phases'), right['phases'], p)}" for p in said.get("phases", {}))
     yield f"{right['reserved']:,}" if "reserved" in right else "-"
-    yield _error(found["simulate"], right, "reserved")
+    for name in PREDICTORS[1:]:
+        yield _error(found.get(name), right, "reserved")
 
 
 def _error(said: Mapping[str, Any] | None, right: Mapping[str, Any], name: str) -> str:

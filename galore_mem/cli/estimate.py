@@ -25,6 +25,7 @@ from galore_mem.cli.options import (
     Output,
     Rank,
     RecipeName,
+    Reserved,
     SeqLen,
     Target,
     Torch,
@@ -63,6 +64,7 @@ def command(
     torch: Torch = None,
     device: Device = "cuda",
     gpu: GpuName = None,
+    reserved: Reserved = False,
     explain: Annotated[bool, typer.Option("--explain", help="Print the equations with the numbers put in.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every persistent tensor.")] = False,
     format: Format = "table",
@@ -103,6 +105,7 @@ def command(
         targets=listed(target),
         gpu=gpu,
         explain=explain,
+        reserved=reserved,
         **assignments(hyperparameter or [], rank=rank, update_proj_gap=update_proj_gap),
     )
     if format == "json":

@@ -63,6 +63,11 @@ Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")]
 
 
+Reserved = Annotated[
+    bool, typer.Option("--reserved", help="Follow the CUDA allocator too: slack in its blocks, reserved memory.")
+]
+
+
 def kept_logits(keep: bool, until: str | None) -> str | bool:
     """The setup's `keep_logits`. To say until when is to say that it is held."""
     return until or keep

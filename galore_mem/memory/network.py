@@ -101,6 +101,7 @@ class Network:
         self.config: Any = model.config
         self.head_dim = model.heads.head_dim if model.heads else 0
         self.trained: list[tuple[Trained, Parameter, int | str]] = []
+        self.adapters: list[Parameter] = []  # trained beside a frozen weight: put on the model after it was loaded
         self._stored: dict[str, list[Parameter]] = {}
         self._linear: dict[str, tuple[str, Layer]] = {}
         self._inputs: Parameter | None = None
@@ -117,6 +118,8 @@ class Network:
             found.append(parameter)
             if trained is not None:
                 self.trained.append((trained, parameter, layer))
+                if row.tensors[0][1] is None:
+                    self.adapters.append(parameter)
 
     # -- what families call --------------------------------------------------------------------------
 

@@ -164,29 +164,35 @@ def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
     for _, parameter, _ in network.trained:
         if setup.keep_gradients or setup.gradient_accumulation > 1:
             parameter.grad = tape.empty(parameter.weight.shape, parameter.weight.dtype, GRADIENTS)
-    resident = _residents(work, tape)
+    resident = workspaces(work, tape)
     if setup.layerwise:
-        resident += _hook(work, network, layout.states, refresh)
-    network.enter("forward", BEFORE)
-    if work.forward is not None:
-        ids, labels = network.ids(), network.labels()
-        with tape.autocast_region(setup.recipe.autocast):
-            loss, outputs = work.forward(network, ids, labels)
-        del ids, labels
-        if setup.keep_logits == "none":
-            outputs = ()
-        _backward(network, loss, "refresh" if refresh else "backward")
-        if setup.keep_logits != "step":
-            outputs = ()
-            loss = loss.detach()  # what is left of the graph goes
-            network.dropped()
-        live = tape.live  # the loss, and the outputs if they are kept, lie there during the step
-        retained = (0, network.inputs_gradient(), 0, live[3], live[4])
-        del loss, outputs
-    else:
-        retained = (0, 0, 0, tape.live[3], tape.live[4])
-    del resident
+        resident += hook(work, network, layout.states, lambda: refresh)
+    held = run_pass(work, network, "refresh" if refresh else "backward")
+    # what is held lies there during the step
+    retained = (0, network.inputs_gradient(), 0, tape.live[3], tape.live[4])
+    del resident, held
     return Run(dict(tape.peaks), retained, frozenset(tape.kernels))
+
+
+def run_pass(work: Work, network: Network, backward: str) -> tuple[Tensor, ...]:
+    """A forward and a backward pass. Returns what the loop holds afterwards: the loss, and the model's output if it
+    keeps that."""
+    setup, tape = work.setup, network.tape
+    network.enter("forward", BEFORE)
+    if work.forward is None:
+        return ()
+    ids, labels = network.ids(), network.labels()
+    with tape.autocast_region(setup.recipe.autocast):
+        loss, outputs = work.forward(network, ids, labels)
+    del ids, labels
+    if setup.keep_logits == "none":
+        outputs = ()
+    _backward(network, loss, backward)
+    if setup.keep_logits != "step":
+        outputs = ()
+        loss = loss.detach()  # what is left of the graph goes
+        network.dropped()
+    return loss, *outputs
 
 
 def _backward(network: Network, loss: Tensor, phase: str) -> None:
@@ -212,7 +218,7 @@ def cublas_workspace(setup: Setup) -> int:
     return CUBLAS_WORKSPACE_HOPPER if card is not None and card[0] in HOPPER_ON else CUBLAS_WORKSPACE
 
 
-def _residents(work: Work, tape: Tape) -> list[Storage]:
+def workspaces(work: Work, tape: Tape) -> list[Storage]:
     """Workspaces, which a running process has had since its first step."""
     if work.setup.device != "cuda":
         return []
@@ -220,9 +226,9 @@ def _residents(work: Work, tape: Tape) -> list[Storage]:
     return [tape.bytes(size) for _ in range(CUBLAS_WORKSPACES)]
 
 
-def _hook(work: Work, network: Network, states: States, refresh: bool) -> list[Storage]:
-    """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one. Returns what the
-    optimizer keeps beside the states of each parameter."""
+def hook(work: Work, network: Network, states: States, refresh: Callable[[], bool]) -> list[Storage]:
+    """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one; `refresh` says
+    whether the step renews its projector. Returns what the optimizer keeps beside the states of each parameter."""
     tape, master = network.tape, work.job.recipe.master
     waiting: list[Callable[[], None]] = []  # of a late hook, the update that the next one makes
     for trained, parameter, layer in network.trained:
@@ -236,7 +242,7 @@ def _hook(work: Work, network: Network, states: States, refresh: bool) -> list[S
             with tape.no_grad():
                 if master is not None:  # the optimizer works on a gradient in the master copy's format
                     slot.grad = tape.empty(slot.param.shape, master)
-                work.code.step(Slots(tape, [slot], None), work.job, refresh)
+                work.code.step(Slots(tape, [slot], None), work.job, refresh())
             slot.grad = None
 
         def late(parameter: Parameter, step: Callable[[Parameter], None] = step) -> None:
@@ -273,12 +279,12 @@ def _step(work: Work, layout: Layout, layers: int) -> Run:
     shared = [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in code.shared(job)]
     slots, rest = _slots(work, layout, tape, layers)
     before = [slot.layout() for slot in slots]
-    _run_step(work, Slots(tape, slots, "step"), refresh=False)
+    run_step(work, Slots(tape, slots, "step"), refresh=False)
     if code.refreshes:
         if before != [slot.layout() for slot in slots]:  # the program has replaced tensors by others
             slots.clear()
             slots, rest = _slots(work, layout, tape, layers)
-        _run_step(work, Slots(tape, slots, "refresh"), refresh=True)
+        run_step(work, Slots(tape, slots, "refresh"), refresh=True)
     del shared, rest
     return Run(dict(tape.peaks))
 
@@ -306,7 +312,8 @@ def _slots(work: Work, layout: Layout, tape: Tape, layers: int) -> tuple[list[Sl
     return slots, rest
 
 
-def _run_step(work: Work, slots: Slots, *, refresh: bool) -> None:
+def run_step(work: Work, slots: Slots, *, refresh: bool) -> None:
+    """The optimizer's step, with the master copy's gradients around it where there is one."""
     master = work.job.recipe.master
     slots.begin()
     if master is not None:  # the optimizer works on gradients in the master copy's format

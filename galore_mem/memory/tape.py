@@ -78,6 +78,33 @@ class Peak:
     live: Bytes
 
 
+class Log:
+    """Every event of a program in order, as `galore_mem.simulate.trace.Trace` has them: the number of a storage that is
+    made, the complement of one that goes; sizes and categories by number (the last but `temporaries` that a storage
+    had); where phases begin. `called` says what a phase is called (None: as it is)."""
+
+    def __init__(self) -> None:
+        self.events: list[int] = []
+        self.sizes: list[int] = []
+        self.categories: list[int] = []
+        self.marks: list[tuple[int, str]] = []
+        self.called: str | None = None
+
+    def born(self, nbytes: int, category: int) -> int:
+        """The storage's number; -1 of one without bytes, which no allocator sees."""
+        if not nbytes:
+            return -1
+        self.events.append(len(self.sizes))
+        self.sizes.append(nbytes)
+        self.categories.append(category)
+        return len(self.sizes) - 1
+
+    def mark(self, phase: str) -> None:
+        phase = self.called or phase
+        if not self.marks or self.marks[-1][1] != phase:
+            self.marks.append((len(self.events), phase))
+
+
 class Tape:
     """Counts live bytes by category, records the graph, runs backward."""
 
@@ -95,6 +122,7 @@ class Tape:
         self.autocast: DType | None = None
         self.autocast_cache: dict[int, Tensor] = {}
         self.frame: Packer | None = None
+        self.log: Log | None = None  # every event, where it was asked for
         self.kernels: set[str] = set()  # attention kernels that ran
         self.leaves: WeakValueDictionary[Node, Parameter] = WeakValueDictionary()
         self._peak = Peak(0, (0, 0, 0, 0, 0))
@@ -114,6 +142,8 @@ class Tape:
         peak = self.peaks.get((phase, stage, layer))
         if peak is None:
             peak = self.peaks[phase, stage, layer] = Peak(-1, (0, 0, 0, 0, 0))
+        if self.log is not None:
+            self.log.mark(phase)
         self._peak = peak
         if self.total > peak.total:
             peak.total = self.total

@@ -19,24 +19,29 @@ WEIGHTS, GRADIENTS, OPTIMIZER_STATE, ACTIVATIONS, TEMPORARIES = range(5)
 class Storage:
     """Bytes that live as long as something refers to them."""
 
-    __slots__ = ("category", "nbytes", "saves", "tape")
+    __slots__ = ("category", "nbytes", "number", "saves", "tape")
 
     def __init__(self, tape: Tape, nbytes: int, category: int) -> None:
         self.tape = tape
         self.nbytes = nbytes
         self.category = category
         self.saves = 0
+        self.number = -1 if tape.log is None else tape.log.born(nbytes, category)
         tape._grow(category, nbytes)
 
     def __del__(self) -> None:
         self.tape.live[self.category] -= self.nbytes
         self.tape.total -= self.nbytes
+        if self.number >= 0 and self.tape.log is not None:
+            self.tape.log.events.append(~self.number)
 
     def move(self, category: int) -> None:
         """Count these bytes under another category from now on."""
         self.tape.live[self.category] -= self.nbytes
         self.tape.live[category] += self.nbytes
         self.category = category
+        if self.number >= 0 and category != TEMPORARIES and self.tape.log is not None:
+            self.tape.log.categories[self.number] = category
 
     def save(self) -> None:
         """Autograd keeps this storage for backward: a temporary becomes an activation."""

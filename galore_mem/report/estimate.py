@@ -37,10 +37,12 @@ def overview(result: EstimateResult) -> Table:
     highest, unit = max(e.peak_allocated_bytes for e in result.estimates), unit_of(result)
     baseline = next((e for e in result.estimates if e.method == "adamw"), None)
     judged = any(e.fits for e in result.estimates)
+    reserves = any(e.peak_reserved_bytes is not None for e in result.estimates)
     columns = [
         Column("method"), Column("implementation", drop=6), Column("weights", right=True, drop=4),
         Column("gradients", right=True, drop=5), Column("state", right=True, drop=1), Column("peak", right=True),
-        Column("in"), Column("within", drop=3), Column("vs adamw", right=True, drop=4),
+        Column("in"), *([Column("reserved", right=True)] if reserves else []), Column("within", drop=3),
+        Column("vs adamw", right=True, drop=4),
         Column("at the peak", colours=dict(zip(GLYPHS, COLOURS, strict=True)), drop=2),
     ]  # fmt: skip
     if judged:
@@ -50,8 +52,8 @@ def overview(result: EstimateResult) -> Table:
         mark = "" if e.layerwise == result.setup["layerwise"] else "*"
         sizes = (e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.peak_allocated_bytes)
         row = [
-            e.method + mark, e.implementation, *(amount(n, unit) for n in sizes), e.peak.name, within(e),
-            saving(e, baseline),
+            e.method + mark, e.implementation, *(amount(n, unit) for n in sizes), e.peak.name,
+            *([amount(e.peak_reserved_bytes or 0, unit)] if reserves else []), within(e), saving(e, baseline),
             bar(e.peak.components, highest),
         ]  # fmt: skip
         if judged:
@@ -78,12 +80,14 @@ def _footer(result: EstimateResult) -> Iterator[str]:
     if result.setup["gpu"]:
         outside = format_bytes(first.outside_allocator_bytes)
         yield (
-            f"{result.setup['gpu']}: GiB left (+) or missing (-) for the peak and {outside} of CUDA context. It fits "
-            "with the upper end of the band and the usual reserve, does not without room for the lower end; tight: "
-            "between."
+            f"{result.setup['gpu']}: GiB left (+) or missing (-) for {'the peak' if first.reserve else 'what is reserved'} "
+            f"and {outside} of CUDA context. It fits with {'the usual reserve at ' if first.reserve else ''}the upper "
+            "end of the band, does not without room for the lower end; tight: between."
         )
         if first.reserve is not None:
             yield f"reserve: {first.reserve.text}."
+    if first.peak_reserved_bytes is not None:
+        yield "reserved: what the allocator takes of the device. Room in its blocks that nothing fills (slack) counts."
     yield from bands(result.estimates)
     if any(e.layerwise != result.setup["layerwise"] for e in result.estimates):
         other = "has no layer-wise update" if result.setup["layerwise"] else "updates layer by layer, inside backward"

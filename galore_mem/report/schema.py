@@ -50,7 +50,8 @@ def _estimate() -> Schema:
 
 def _phase(names: Sequence[str]) -> dict[str, Schema]:
     components = object_of(**dict.fromkeys(CATEGORIES, BYTES))
-    return {"name": {"enum": list(names)}, "allocated_bytes": BYTES, "components": components}
+    allocator = dict.fromkeys(("reserved_bytes", "slack_bytes"), or_null(BYTES))
+    return {"name": {"enum": list(names)}, "allocated_bytes": BYTES, "components": components, **allocator}
 
 
 def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
@@ -128,7 +129,7 @@ def _result(name: str, one: Schema, setup: Schema) -> dict[str, Schema]:
 
 def _simulate() -> Schema:
     names = SIMULATED_PHASES
-    phase = object_of(**_phase(names), reserved_bytes=or_null(BYTES), slack_bytes=BYTES)
+    phase = object_of(**_phase(names))
     place: dict[str, Schema] = {"phase": {"enum": list(names)}, "module": TEXT, "operation": TEXT}
     live = object_of(
         category={"enum": list(CATEGORIES)},

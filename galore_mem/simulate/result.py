@@ -145,8 +145,6 @@ class Simulation(Estimate):
     def to_json(self, tensors: bool = False) -> dict[str, Any]:
         """`tensors` is an estimate's: here everything that lives at the peak is listed anyway."""
         found = Estimate.to_json(self)
-        for shown, phase in zip(found["phases"], self.phases, strict=True):
-            shown |= {"reserved_bytes": phase.reserved_bytes, "slack_bytes": phase.slack_bytes}
         found |= {
             "fragmentation_bytes": self.fragmentation_bytes,
             "retries": self.retries,
