@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from galore_mem._version import __version__
 from galore_mem.errors import InputError, unknown
-from galore_mem.evidence import Confidence, confidence, reserve
+from galore_mem.evidence import FOLLOWED, Confidence, confidence, reserve
 from galore_mem.families import family
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.gpus import gpu as find_gpu
@@ -242,7 +242,7 @@ def budget(
         entries=entries,
         kept=kept_by_layer(work) if explain else (),
         confidence=_confidence(case, work),
-        reserve=reserve(work.setup.attention) if work.setup.device == "cuda" else None,
+        reserve=reserve(work.setup.attention) if work.setup.device == "cuda" and case.convention != "paper" else None,
     )
     if reserved:
         made = _followed(made, work)
@@ -255,13 +255,12 @@ def _followed(made: Estimate, work: Work) -> Estimate:
 
     found = follow(work)
     layers = {phase.name: phase.per_layer for phase in made.phases}
-    setup, told_by = work.setup, made.confidence
-    if told_by is not None:
-        told_by = confidence("estimate --reserved", setup, work.model.family, made.method, made.implementation)
+    told_by = confidence(FOLLOWED, work.setup, work.model.family, made.method, made.implementation)
     phases = tuple(phase._replace(per_layer=layers[phase.name]) for phase in found.phases)
     told = "caching allocator (default settings), one stream; one step that makes the state before those shown"
     return replace(
-        made, phases=phases, peak_reserved_bytes=found.reserved, reserve=None, confidence=told_by, assumptions=(*made.assumptions, told),
+        made, phases=phases, peak_reserved_bytes=found.reserved, reserve=None, confidence=told_by,
+        assumptions=(*made.assumptions, told),
         not_counted=tuple(one for one in made.not_counted if one != GENERAL_NOT_COUNTED[0]),
     )  # fmt: skip
 
@@ -279,7 +278,7 @@ def fit(made: Estimate, card: Gpu) -> Fit:
     low, high = (made.confidence.low(peak), made.confidence.high(peak)) if made.confidence else (peak, peak)
     usual = high if made.reserve is None else max(high, made.reserve.bytes(high)[1])
     if made.peak_reserved_bytes is not None and made.confidence is not None:
-        usual = made.confidence.high(made.peak_reserved_bytes)
+        usual = made.confidence.high_reserved(made.peak_reserved_bytes)
     return Fit(card.name, card.capacity, card.capacity - made.device_bytes, between(low, usual, card, outside))
 
 

@@ -7,6 +7,7 @@ same in words. No torch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,13 @@ FILE = Path(__file__).with_name("evidence.json")
 GPU, CPU, APART, FORMULA = "gpu", "cpu", "apart", "formula"  # classes, from the strongest
 CLASSES = {
     GPU: "this family and method, on GPUs, by others", CPU: "this family and method, in real steps on the CPU",
-    APART: "each of them with others", FORMULA: "one of them never was, and the band is assumed",
+    APART: "the family and the method, each with others",
+    FORMULA: "the family, the method or the way to train never was; the band is assumed",
 }  # fmt: skip
+FOLLOWED = "estimate --reserved"
 OWN = "module:function"  # family, method and implementation of a training step that is not ours
 ASSUMED = 0.05  # the band where nothing was measured: an assumption, and said to be one
+LEAST = 0.001  # no smaller band is promised, whatever the runs showed
 BY_GUESS = "the band is assumed"
 SEGMENT = 2 << 20  # bytes: the allocator reserves in multiples of it (c10/cuda/CUDACachingAllocator.h, kSmallBuffer)
 
@@ -46,11 +50,12 @@ class Compared(NamedTuple):
 
 class Confidence(NamedTuple):
     """The class of evidence behind a prediction, and how far the measured peak may be from the predicted one: between
-    `1 - band` and `1 + band` times it."""
+    `1 - band` and `1 + band` times it. `reserved_band` is the same of the reserved peak, where one is predicted."""
 
     evidence: str
     band: float
     text: str
+    reserved_band: float | None = None
 
     @property
     def short(self) -> str:
@@ -61,13 +66,17 @@ class Confidence(NamedTuple):
         return int(nbytes * (1 - self.band))
 
     def high(self, nbytes: int) -> int:
-        return -int(-nbytes * (1 + self.band))
+        return math.ceil(nbytes * (1 + self.band))
+
+    def high_reserved(self, nbytes: int) -> int:
+        """Of a predicted reserved peak, what may be reserved at most."""
+        return math.ceil(nbytes * (1 + max(self.band, self.reserved_band or 0.0)))
 
     def to_json(self, nbytes: int) -> dict[str, Any]:
         """With the band of a peak of so many bytes."""
         return {
             "evidence": self.evidence, "band": self.band, "low_bytes": self.low(nbytes),
-            "high_bytes": self.high(nbytes), "text": self.text,
+            "high_bytes": self.high(nbytes), "reserved_band": self.reserved_band, "text": self.text,
         }  # fmt: skip
 
 
@@ -104,8 +113,10 @@ def _data() -> dict[str, Any]:
 
 
 def compared(predictor: str) -> tuple[Compared, ...]:
-    """All that `estimate` or `simulate` was compared with."""
-    return tuple(Compared(*row) for row in _data()["errors"][predictor])
+    """All that a predictor was compared with. (On the CPU, where no allocator is followed, `--reserved` changes
+    nothing.)"""
+    own = tuple(Compared(*row) for row in _data()["errors"].get(predictor, ()))
+    return own if predictor != FOLLOWED else own + tuple(row for row in compared("estimate") if row.place == CPU)
 
 
 def reserve(attention: str) -> Reserve | None:
@@ -121,11 +132,17 @@ def confidence(predictor: str, setup: Setup, family: str | None, method: str, im
     a card does differently rests on PyTorch's sources and on the errors of other runs on GPUs; `apart`: only each with
     something else; `formula`: one of them, or how the setup trains, was never measured.
     """
-    found = weighed(compared(predictor), _data()["usual"][predictor], setup.device, family, method, implementation)
+    rows = compared(predictor)
+    if setup.layerwise:  # no run of others' was
+        rows = tuple(row for row in rows if row.place == CPU or row.method != method)
+    usual = _data().get("usual", {}).get(predictor, 0.0)
+    found = weighed(rows, usual, setup.device, family, method, implementation)
+    found = found._replace(band=max(found.band, LEAST), reserved_band=_data().get("usual_reserved", {}).get(predictor))
     unseen = [f"{name} {value}" for name, value in _ways(setup).items() if value not in _data()["ways"][name]]
     if not unseen:
         return found
-    return Confidence(FORMULA, max(found.band, ASSUMED), f"nothing with {', '.join(unseen)} was measured; {BY_GUESS}")
+    text = f"nothing with {', '.join(unseen)} was measured; {BY_GUESS}"
+    return found._replace(evidence=FORMULA, band=max(found.band, ASSUMED), text=text)
 
 
 def _ways(setup: Setup) -> dict[str, str]:

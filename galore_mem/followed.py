@@ -1,7 +1,7 @@
 """`estimate` through the allocator: the whole run on sizes, replayed on a card. No torch.
 
-The closed form counts tensors. Here the same twin runs with every layer, step after step, and its allocations go through
-the model of the CUDA caching allocator: what its blocks leave unused (slack) is in the peaks, as
+The closed form counts tensors. Here the same twin runs with every layer, step after step, and its allocations go
+through the model of the CUDA caching allocator: what its blocks leave unused (slack) is in the peaks, as
 `torch.cuda.max_memory_allocated` has it, and what it reserves is known.
 """
 

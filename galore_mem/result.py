@@ -18,8 +18,8 @@ class Phase(NamedTuple):
     """The highest moment of one phase; the components sum to `allocated_bytes`.
 
     `per_layer` is what one more layer would add to each component, where it is known. Where the allocator is followed
-    more is: the most that the allocator had `reserved`, and what of the components is `slack`, room in its blocks that no tensor
-    uses.
+    more is: the most that the allocator had `reserved`, and what of the components is `slack`, room in its blocks that
+    no tensor uses.
     """
 
     name: str
@@ -43,8 +43,9 @@ class Phase(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Does it fit the card? `fits`: at the upper end of what may be needed too; `does_not_fit`: not even at the lower;
-    `tight`: between. `headroom_bytes` is what the predicted need leaves."""
+    """Does it fit the card? `fits`: there is room for what is, or usually would be, reserved at the upper end of the
+    band; `does_not_fit`: there is none even for the tensors at its lower end; `tight`: between. `headroom_bytes` is
+    what the predicted need leaves."""
 
     gpu: str
     capacity_bytes: int

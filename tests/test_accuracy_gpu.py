@@ -86,8 +86,8 @@ def test_inference_is_simulated(suite: Any) -> None:
     told = {**TOLD, "mode": "inference", "method": "adamw", "rank": None, "gradient_checkpointing": False}
     row = suite.gpu_rows.Row(told)
     found = suite.gpu.run(row)
-    assert found["not"] == {"estimate": "it is inference"}
-    simulated = suite.gpu.simulated(row)
+    assert found["not"] == dict.fromkeys(("estimate", "estimate --reserved", "simulate"), "it is inference")
+    simulated = suite.gpu.as_they_ran(row)
     output, ids, workspace = 65_536 + 4 * 4_096, 512, 8_519_680
     assert set(simulated["phases"]) == {"forward"}
     assert simulated["after the first step"] == ids + workspace
@@ -219,7 +219,7 @@ def test_a_small_row(suite: Any, method: str) -> None:
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     row = suite.gpu_rows.Row({**TOLD, "method": method})
-    estimated, simulated = suite.gpu.estimated(row), suite.gpu.simulated(row)
+    estimated, simulated = suite.gpu.estimated(row), suite.gpu.as_they_ran(row)
     assert simulated["residents"]["optimizer_state"] == estimated["residents"]["optimizer_state"]
     assert simulated["residents"]["weights"] == estimated["residents"]["weights"]
     assert simulated["loaded"] - estimated["loaded"] == 2 * 512
@@ -237,7 +237,9 @@ def test_the_section(suite: Any) -> None:
     lines = [{"key": row.key, "found": one} for row, one in zip(rows, found, strict=True)]
     lines[0]["found"]["estimate"] = {"peak": 2_020_000, "phases": {"step": 990_000}}
     lines[0]["found"]["simulate"] = {"peak": 2_000_000, "phases": {"step": 1_000_000}}
-    lines[1]["found"]["simulate"] = None
+    for name in suite.report_gpu.PREDICTORS:
+        lines[1]["found"][name] = None
+    lines[0]["found"]["estimate --reserved"] = lines[0]["found"][suite.report_gpu.AS_THEY_RAN] = None
     errors = {(p.predictor, p.what): round(p.error, 9) for p in suite.report_gpu.pairs(lines)}
     assert errors == {
         ("estimate", "peak"): 0.01, ("estimate", "step"): -0.01, ("simulate", "peak"): 0, ("simulate", "step"): 0,

@@ -39,7 +39,7 @@ def test_phases_that_follow_each_other() -> None:
         Span("load", 0, 2), Span("first-step", 2, 15), Span("forward", 15, 17), Span("backward", 17, 21),
         Span("step", 21, 25),
     ]  # fmt: skip
-    assert line.at[summit(line)] == 17  # the first gradient of the second step
+    assert line.at[summit(line, "backward")] == 17  # the first gradient of the second step
 
 
 def test_the_scale_has_room_for_the_peak_and_a_limit_that_is_near() -> None:

@@ -48,7 +48,7 @@ SECTIONS = {
     "report_peers": "gpu",
     "report_agreement": "agreement",
 }
-MEASURED = ("cpu", "gpu", "recorded")  # parts in which something was measured: what the package says of its own errors
+MEASURED = ("cpu", "gpu")  # parts in which something was measured: what the package says of its own errors
 PANELS = {"Real steps on the CPU": "report_cpu", "Others' real runs on GPUs": "report_gpu"}
 BESIDE = {
     "real steps on the CPU, here": "report_cpu", "real runs on GPUs, by others": "report_gpu",

@@ -22,6 +22,7 @@ from galore_mem.simulate.trace import Trace
 __all__ = ["cases", "run"]
 Found = dict[str, Any]
 PARAMETERS = (".weight", ".bias")
+AS_THEY_RAN = "tracer, their loop and load"  # not the command: the same tracer and allocator
 
 
 def cases() -> Iterator[Row]:
@@ -38,6 +39,7 @@ def run(row: Row) -> Found:
         "implementation": row.implementation if row.trains else "no optimizer",
         "recipe": row.recipe, "attention": row.setup.attention, "outside": card.context,
         "measured": measured(row), "not": {},
+        "by_hand": ["estimate", "estimate --reserved"] if row.loop.use_cache and not row.headless else [],
     }  # fmt: skip
     for name, predictor in PREDICTORS.items():
         try:
@@ -113,6 +115,30 @@ def keys_and_values(row: Row) -> int:
 
 
 def simulated(row: Row) -> Found:
+    """The command's own answer: its loop, told what the source's keeps; the model is put there tensor by tensor."""
+    from galore_mem.simulate import simulate
+
+    if not row.trains:
+        raise InputError("it is inference")
+    if row.headless:
+        raise InputError("an encoder without a head has no loss of its own")
+    case = row.case
+    given = dict(case.hyperparameters)
+    (made,) = simulate(
+        case.model, [case.method.name], setup=case.setup, implementation=case.code.name, targets=case.targets, **given
+    ).estimates
+    phases = {phase.name: phase.allocated_bytes for phase in made.phases}
+    stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
+    return {
+        "peak": max(phases[name] for name in PHASES),
+        "phases": {name: phases[name] for name in PHASES},
+        "residents": dict(zip(("weights", "gradients", "optimizer_state"), stays, strict=True)),
+        "loaded": phases["load"],
+        "reserved": made.peak_reserved_bytes,
+    }
+
+
+def as_they_ran(row: Row) -> Found:
     """The trace of the source's own loop, replayed from its own way to load the model."""
     from galore_mem.allocator.expandable import new_allocator
     from galore_mem.allocator.replay import replay
@@ -258,4 +284,5 @@ def events(row: Row, trace: Trace) -> Iterator[Event]:
 
 PREDICTORS: dict[str, Callable[[Row], Found]] = {
     "estimate": estimated, "estimate --reserved": partial(estimated, reserved=True), "simulate": simulated,
+    AS_THEY_RAN: as_they_ran,
 }  # fmt: skip

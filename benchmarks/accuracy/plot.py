@@ -15,8 +15,11 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 MIB, GIB = 2**20, 2**30
 # color, marker, its size: the small one is filled
-STYLES = {"estimate": ("#0072b2", "o", 34), "estimate --reserved": ("#009e73", "s", 30), "simulate": ("#d55e00", "D", 9)}
-OTHER = ("#7f7f7f", "^", 20)
+STYLES = {
+    "estimate": ("#0072b2", "o", 34),
+    "estimate --reserved": ("#009e73", "s", 30),
+    "simulate": ("#d55e00", "D", 9),
+}
 BARS = ((0.02, "#f5f5f5"), (0.01, "#ebebeb"))  # of the errors: what is asked at worst, at the median
 LINEAR = 1e-6  # errors below are drawn to scale, larger ones by their logarithm
 TICKS = (1e-6, 1e-4, 1e-2)
@@ -24,7 +27,7 @@ TICKS = (1e-6, 1e-4, 1e-2)
 
 def draw(panels: Mapping[str, Sequence[Pair]], path: Path) -> bool:
     """A column for each panel that has peaks; False where none has."""
-    shown = {title: [pair for pair in pairs if pair.what == PEAK] for title, pairs in panels.items()}
+    shown = {title: [p for p in pairs if p.what == PEAK and p.predictor in STYLES] for title, pairs in panels.items()}
     shown = {title: peaks for title, peaks in shown.items() if peaks}
     if not shown:
         return False
@@ -59,7 +62,7 @@ def against(axes: Any, peaks: Sequence[Pair], title: str) -> None:
     limits = (low / 1.3, high * 1.3)
     axes.plot(limits, limits, color="#bbbbbb", linewidth=1, zorder=1)
     for name, own in by_predictor(peaks).items():
-        color, marker, size = STYLES.get(name, OTHER)
+        color, marker, size = STYLES[name]
         axes.scatter(
             [p.measured for p in own], [p.predicted for p in own], s=size, marker=marker, zorder=2,
             facecolors="none" if size > 9 else color, edgecolors=color, linewidths=0.9 if size > 9 else 0,
@@ -79,7 +82,7 @@ def signed(axes: Any, peaks: Sequence[Pair]) -> None:
         axes.axhspan(-size, size, color=color, linewidth=0, zorder=0)
     axes.axhline(0, color="#bbbbbb", linewidth=1, zorder=1)
     for name, own in by_predictor(peaks).items():
-        color, marker, _ = STYLES.get(name, OTHER)
+        color, marker, _ = STYLES[name]
         axes.scatter(
             [p.measured for p in own], [p.error for p in own], s=12, marker=marker, color=color, alpha=0.55,
             linewidths=0, zorder=2,

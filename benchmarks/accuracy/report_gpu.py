@@ -8,12 +8,13 @@ from typing import Any
 from errors import Pair, by_predictor, by_what, details, percent, size_of, spread, table, text
 from record import Line
 
-PREDICTORS = ("estimate", "estimate --reserved", "simulate")
+AS_THEY_RAN = "tracer, their loop and load"
+PREDICTORS = ("estimate", "estimate --reserved", "simulate", AS_THEY_RAN)
+# of the allocated peak: at the median, at worst
 BARS = {
-    "estimate": (0.005, 0.02),
-    "estimate --reserved": (0.005, 0.02),
-    "simulate": (0.002, 0.01),
-}  # of the allocated peak: at the median, at worst
+    "estimate": (0.005, 0.02), "estimate --reserved": (0.005, 0.02), "simulate": (0.002, 0.01),
+    AS_THEY_RAN: (0.002, 0.01),
+}  # fmt: skip
 PEAK, RESERVED = "peak", "reserved"
 NAMED = {"loaded": "allocated after the load", "after the first step": "what the first step leaves"}
 
@@ -43,7 +44,7 @@ def _sizes(found: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 def section(lines: Sequence[Line]) -> Iterator[str]:
     everything = list(pairs(lines))
-    trained = [line for line in lines if line["found"]["estimate"] or line["found"]["simulate"]]
+    trained = [line for line in lines if any(line["found"].get(name) for name in PREDICTORS)]
     yield "## Runs that others measured on GPUs"
     yield from intro(lines)
     yield bars(everything)
@@ -53,7 +54,6 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     yield from (
         "### What remains",
         *remains(lines),
-        taken(),
         "### The worst of each family, and of each method",
         by_predictor(_peaks(everything), lambda pair: pair.family, "family"),
         by_predictor(_peaks(everything), lambda pair: pair.method, "method"),
@@ -75,22 +75,25 @@ def intro(lines: Sequence[Line]) -> Iterator[str]:
         f"{len(lines)} runs ({', '.join(cards)}) that others measured and published: the figures of vramcalc 0.1.2, "
         f"fitcheck-llm 0.3.1 and torch-preflight 0.5.0 (their source distributions on PyPI, MIT) and torchao's profile "
         f"of GaLore. They are in `benchmarks/accuracy/gpu_runs.jsonl` and `gpu_published.jsonl`, with the source of "
-        f"each. No factor is fitted to them: what is predicted follows from operations, and from each source's "
-        f"training loop, which is data (`benchmarks/accuracy/gpu_loops.py`): what it still holds of the forward pass "
-        f"in backward and in the step, when it clears gradients, whether it empties the cache, how it loads the model."
+        f"each. No number is fitted to them."
     )
     yield text(
-        "Two runs are inference, for which no command has an option; the tracer ran them. `simulate` replays the loop "
-        "through the allocator from an empty card, the load included. `estimate` counts tensors in blocks of 512 bytes "
-        "and knows no fragments. Where the installed transformers stands for a release of the same major version, or "
-        "torch for another, the stack is the nearest that is described."
+        f"`estimate` and `simulate` are the commands, told what a source's loop keeps (`--keep-logits`, "
+        f"`--keep-gradients`, `--transformers`, `--torch`). *{AS_THEY_RAN.capitalize()}* is no command: the same "
+        f"tracer and allocator on each source's own loop (`benchmarks/accuracy/gpu_loops.py`, as data), from its own "
+        f"way to load the model, with the cache emptied where it empties it; two runs of inference and encoders "
+        f"without a head, too. `estimate` alone counts tensors in blocks of 512 bytes; with `--reserved` it follows "
+        f"the allocator. Where a release is not described, the nearest of the same major version stands for it."
     )
+    yield taken()
 
 
 def bars(everything: Sequence[Pair]) -> str:
     rows = []
     for predictor, (middle, worst) in BARS.items():
         peaks = [pair for pair in _peaks(everything) if pair.predictor == predictor]
+        if not peaks:
+            continue
         s = spread(peaks)
         rows.append(
             (
@@ -122,9 +125,9 @@ def remains(lines: Sequence[Line]) -> Iterator[str]:
     )
     groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for found in (line["found"] for line in lines):
-        if "loaded" in found["measured"] and found["simulate"] and "loaded" in found["simulate"]:
+        if "loaded" in found["measured"] and found.get(AS_THEY_RAN) and "loaded" in found[AS_THEY_RAN]:
             name = tuple(found["title"].split()[1:4])
-            groups.setdefault(name, []).append((found["measured"]["loaded"], found["simulate"]["loaded"]))
+            groups.setdefault(name, []).append((found["measured"]["loaded"], found[AS_THEY_RAN]["loaded"]))
     columns = {
         "model": False,
         "method": False,
@@ -132,7 +135,7 @@ def remains(lines: Sequence[Line]) -> Iterator[str]:
         "runs": True,
         "measured from": True,
         "to": True,
-        "simulate": True,
+        "traced": True,
     }
     yield table(
         columns,

@@ -16,7 +16,7 @@ from errors import Pair, details, percent, size_of, spread, table, text  # noqa:
 from peers import PEERS  # noqa: E402
 from record import Line, good, read  # noqa: E402
 
-OURS = ("estimate", "simulate")
+OURS = ("estimate", "estimate --reserved", "simulate")
 PEAK = "peak"
 COLUMNS = {"": False, "rows": True, "median, signed": True, "median": True, "95 %": True, "worst": True, "where": False}
 
@@ -30,7 +30,7 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     ours = {
         (pair.predictor, row_of(pair)): pair._replace(case=titles[row_of(pair)])
         for pair in report_gpu.pairs(lines)
-        if pair.what == PEAK and row_of(pair) in titles
+        if pair.what == PEAK and row_of(pair) in titles and pair.predictor in OURS
     }
     yield "## Other estimators on the same runs"
     yield intro(said)

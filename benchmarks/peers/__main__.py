@@ -25,7 +25,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent / "accuracy"))  # for its rows and its record
 
-from gpu_rows import ROWS  # noqa: E402
 from peers import METHODS, PEERS, Ask, Peer  # noqa: E402
 from record import append, good, read, tidy  # noqa: E402
 from rows import Run, runs, write_cache  # noqa: E402
@@ -102,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=PEERS, default=tuple(PEERS))
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--rows", type=Path, help="a file of runs (default: the accuracy suite's)")
     parser.add_argument("--record", type=Path, default=HERE / "record.jsonl")
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "galore-mem-peers")
     given = parser.parse_args()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_rows import ROWS, Row, rows
+from gpu_rows import Row, every, rows
 
 SPECS = Path(__file__).resolve().parent.parent.parent / "model_specs"
 # where a row's name is not the Hub's
@@ -49,9 +49,11 @@ class Run(NamedTuple):
     device_bytes: int | None
 
 
-def runs(path: Path = ROWS) -> Iterator[Run]:
-    """The training runs: what inference takes is another question."""
-    return (run_of(row) for row in rows(path) if row.trains)
+def runs(path: Path | None = None) -> Iterator[Run]:
+    """The training runs whose peak was measured (what inference takes is another question): of a file, or all that the
+    accuracy suite has."""
+    found = every() if path is None else rows(path)
+    return (run_of(row) for row in found if row.trains and "peak_allocated_bytes" in row.measured)
 
 
 def run_of(row: Row) -> Run:

@@ -102,6 +102,7 @@ class Network:
         self.head_dim = model.heads.head_dim if model.heads else 0
         self.trained: list[tuple[Trained, Parameter, int | str]] = []
         self.adapters: list[Parameter] = []  # trained beside a frozen weight: put on the model after it was loaded
+        self.waiting: list[Callable[[], None]] = []  # of late hooks, the update that the next one makes
         self._stored: dict[str, list[Parameter]] = {}
         self._linear: dict[str, tuple[str, Layer]] = {}
         self._inputs: Parameter | None = None
@@ -191,6 +192,11 @@ class Network:
         """Bytes of the gradient of the embeddings, which is no parameter's and is there as long as the graph."""
         grad = None if self._inputs is None else self._inputs.grad
         return 0 if grad is None else grad.storage.nbytes
+
+    def settle(self) -> None:
+        """The update that no further hook makes, after backward."""
+        while self.waiting:
+            self.waiting.pop()()
 
     def checkpoint(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function(x)`, checkpointed if the setup says so."""

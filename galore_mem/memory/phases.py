@@ -230,7 +230,7 @@ def hook(work: Work, network: Network, states: States, refresh: Callable[[], boo
     """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one; `refresh` says
     whether the step renews its projector. Returns what the optimizer keeps beside the states of each parameter."""
     tape, master = network.tape, work.job.recipe.master
-    waiting: list[Callable[[], None]] = []  # of a late hook, the update that the next one makes
+    waiting = network.waiting
     for trained, parameter, layer in network.trained:
         slot = Slot(tape, trained, layer, parameter.weight, None)
         if master is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from galore_mem.memory.network import Network
 from galore_mem.memory.phases import Work, hook, run_pass, run_step, workspaces
-from galore_mem.memory.tape import OPTIMIZER_STATE, Log, Storage, Tape
+from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, Log, Storage, Tape, Tensor
 from galore_mem.methods.base import Slot, Slots
 
 FIRST, END = "first-step", "end"
@@ -36,7 +36,9 @@ def whole(work: Work) -> Log:
         log.called = FIRST if name == FIRST else None
         backward = "refresh" if name == "refresh" and setup.layerwise else "backward"
         for _ in range(min(setup.gradient_accumulation, MICRO)):
+            held: tuple[Tensor, ...] = ()
             held = run_pass(work, network, backward)
+        network.settle()
         if not setup.layerwise:
             if not slots:
                 slots = _slots(work, network, tape)
@@ -75,15 +77,16 @@ def _step(work: Work, network: Network, slots: Sequence[Slot], tape: Tape, name:
     single, keeps = work.job.recipe.master is None, work.setup.keep_gradients
     parameters = [parameter for _, parameter, _ in network.trained]
     for slot, parameter in zip(slots, parameters, strict=True):
-        if single:
-            slot.grad = parameter.grad
-            if not keeps:  # a program that lets a gradient go lets it go
-                parameter.grad = None
+        if single:  # the program may replace it or let it go
+            slot.grad, parameter.grad = parameter.grad, None
     with tape.no_grad():
         run_step(work, Slots(tape, slots, name), refresh=name == "refresh")
     for slot, parameter in zip(slots, parameters, strict=True):
-        slot.grad = None
         if single:
-            parameter.weight = slot.weight
+            parameter.weight, parameter.grad = slot.weight, slot.grad
+        slot.grad = None
         if not keeps:
             parameter.grad = None
+        elif parameter.grad is None:  # the next pass finds one that is zeroed
+            weight = parameter.weight
+            parameter.grad = tape.empty(weight.shape, weight.dtype, GRADIENTS)

@@ -79,10 +79,11 @@ def _footer(result: EstimateResult) -> Iterator[str]:
     first = result.estimates[0]
     if result.setup["gpu"]:
         outside = format_bytes(first.outside_allocator_bytes)
+        needed = "what is reserved" if first.reserve is None else "the peak"
+        usual = "" if first.reserve is None else "the usual reserve at "
         yield (
-            f"{result.setup['gpu']}: GiB left (+) or missing (-) for {'the peak' if first.reserve else 'what is reserved'} "
-            f"and {outside} of CUDA context. It fits with {'the usual reserve at ' if first.reserve else ''}the upper "
-            "end of the band, does not without room for the lower end; tight: between."
+            f"{result.setup['gpu']}: GiB left (+) or missing (-) for {needed} and {outside} of CUDA context. fits: "
+            f"room for {usual}the upper end of the band; no: not even for the lower end; tight: between."
         )
         if first.reserve is not None:
             yield f"reserve: {first.reserve.text}."
@@ -166,18 +167,25 @@ def verdict(e: Estimate) -> str:
 def _csv(result: EstimateResult) -> str:
     columns = [
         "model", "method", "implementation", "convention", "layerwise", "phase", "allocated_bytes", *CATEGORIES,
-        "is_peak", "weights_bytes", "gradients_bytes", "optimizer_state_bytes", "device_bytes", "verdict",
+        "is_peak", "weights_bytes", "gradients_bytes", "optimizer_state_bytes", "peak_reserved_bytes", "device_bytes",
+        "evidence", "band", "headroom_bytes", "verdict",
     ]  # fmt: skip
     rows = [
         [
             result.model["name"], e.method, e.implementation, e.convention, e.layerwise, p.name, p.allocated_bytes,
-            *p.components, p is e.peak, e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.device_bytes,
-            e.fits.verdict if e.fits else "",
+            *p.components, p is e.peak, e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes,
+            e.peak_reserved_bytes, e.device_bytes, *judged(e),
         ]
         for e in result.estimates
         for p in e.phases
     ]  # fmt: skip
     return to_csv(columns, rows)
+
+
+def judged(e: Estimate) -> tuple[object, ...]:
+    """Evidence, band, headroom and verdict; empty where there are none."""
+    told = (e.confidence.evidence, e.confidence.band) if e.confidence else ("", "")
+    return *told, *((e.fits.headroom_bytes, e.fits.verdict) if e.fits else ("", ""))
 
 
 def _tensor_csv(result: EstimateResult) -> str:

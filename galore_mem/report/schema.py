@@ -63,8 +63,9 @@ def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
         verdict={"enum": ["fits", "tight", "does_not_fit"]},
     )
     confidence = object_of(
-        evidence={"enum": list(CLASSES)}, band={"type": "number"}, low_bytes=BYTES, high_bytes=BYTES, text=TEXT
-    )
+        evidence={"enum": list(CLASSES)}, band={"type": "number"}, low_bytes=BYTES, high_bytes=BYTES,
+        reserved_band=or_null({"type": "number"}), text=TEXT,
+    )  # fmt: skip
     reserved = object_of(low_bytes=BYTES, usual_bytes=BYTES, high_bytes=BYTES, pairs=INT, text=TEXT)
     return {
         "method": TEXT,

@@ -13,6 +13,7 @@ from galore_mem.report.estimate import (
     amount,
     bands,
     bar,
+    judged,
     kernels,
     saving,
     unit_of,
@@ -112,7 +113,12 @@ def _footer(result: SimulateResult) -> Iterator[str]:
         yield f"* {'has no layer-wise update' if setup['layerwise'] else 'updates layer by layer, inside backward'}."
     common = set.intersection(*(set(s.assumptions) for s in runs))
     yield from (f"Assumed: {a}." for a in runs[0].assumptions if a in common)
+    for s in runs:
+        rest = [a for a in s.assumptions if a not in common and not a.startswith("attention kernel")]
+        yield from (f"Assumed for {s.method} ({s.implementation}): {a}." for a in rest if len(runs) <= FEW)
     yield from kernels(result, common)
+    left_out = set.intersection(*(set(s.not_counted) for s in runs))
+    yield from (f"Not counted: {one}." for one in runs[0].not_counted if one in left_out)
     yield from (f"Not run: {u.method} ({u.implementation}): {u.reason}." for u in result.unsupported)
 
 
@@ -126,7 +132,7 @@ def phases(s: Simulation) -> Table:
     columns = [Column("phase"), Column("allocated", right=True)]
     columns += [Column("reserved", right=True)] if reserves else []
     columns += [Column(name, right=True) for name in SHORT]
-    columns += [Column("slack", right=True, drop=1)] if reserves else []
+    columns += [Column("of it slack", right=True, drop=1)] if reserves else []
     rows = [tuple(_phase(p, unit, reserves=reserves)) for p in s.phases]
     footer = []
     if reserves:
@@ -202,13 +208,13 @@ def _csv(result: SimulateResult) -> str:
     columns = [
         "model", "method", "implementation", "layerwise", "phase", "allocated_bytes", "reserved_bytes", *CATEGORIES,
         "slack_bytes", "is_peak", "weights_bytes", "gradients_bytes", "optimizer_state_bytes", "peak_reserved_bytes",
-        "device_bytes", "verdict",
+        "device_bytes", "evidence", "band", "headroom_bytes", "verdict",
     ]  # fmt: skip
     rows: list[Sequence[object]] = [
         [
             result.model["name"], s.method, s.implementation, s.layerwise, p.name, p.allocated_bytes, p.reserved_bytes,
             *p.components, p.slack_bytes, p is s.peak, s.weights_bytes, s.gradients_bytes, s.optimizer_state_bytes,
-            s.peak_reserved_bytes, s.device_bytes, s.fits.verdict if s.fits else "",
+            s.peak_reserved_bytes, s.device_bytes, *judged(s),
         ]
         for s in result.estimates
         for p in s.phases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -108,9 +109,15 @@ def ceiling(runs: Sequence[Simulation]) -> int:
     return max([top, *limits]) * 118 // 100
 
 
-def summit(line: Timeline) -> int:
-    """The index of the highest point."""
-    return max(range(len(line.at)), key=lambda i: sum(line.live[i]))
+def summit(line: Timeline, phase: str) -> int:
+    """The index of the highest point in a phase: that of the peak, which may be reached in others too."""
+    starts = [at for at, _ in line.phases]
+
+    def high(i: int) -> tuple[bool, int]:
+        within = bisect_right(starts, line.at[i]) - 1
+        return within >= 0 and line.phases[within][1] == phase, sum(line.live[i])
+
+    return max(range(len(line.at)), key=high)
 
 
 def label(run: Simulation) -> str:
@@ -140,7 +147,7 @@ def _panel(panel: Any, result: SimulateResult, run: Simulation, unit: int) -> No
             panel.text(
                 middle, 1.01, span.name, ha="center", va="bottom", fontsize=8, transform=panel.get_xaxis_transform()
             )
-    i = summit(line)
+    i = summit(line, run.peak.name)
     left = line.at[i] > line.events / 2
     height = sum(line.live[i]) / unit
     panel.plot([line.at[i]], [height], marker="v", color="black", markersize=5)

@@ -104,7 +104,7 @@ def _parts(result: SimulateResult, run: Simulation, line: Timeline, highest: int
         at = x(line.refused_at)
         yield _line(at, TOP, at, HEIGHT - BOTTOM, f'stroke="{drawing.LIMIT}"')
         yield f'<text x="{at + 4}" y="{TOP + 12}">out of memory</text>'
-    i = drawing.summit(line)
+    i = drawing.summit(line, run.peak.name)
     yield f'<circle cx="{x(line.at[i])}" cy="{y(sum(line.live[i]))}" r="4"/>'
     yield _line(0, TOP, 0, HEIGHT - BOTTOM, 'class="cursor" stroke="#000" style="display:none"')
 

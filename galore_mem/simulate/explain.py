@@ -53,9 +53,10 @@ def alive(run: Run, at: int) -> tuple[Live, ...]:
     rows = []
     for group in found.values():
         one = trace.allocations[group[0]]
-        place = Place(phase_at(trace, born[group[0]]), layered(one.module), one.op)
+        shown = layered if len(group) > 1 else str  # one of a kind has its own number
+        place = Place(phase_at(trace, born[group[0]]), shown(one.module), one.op)
         size = sum(run.blocks[i] for i in group)
-        rows.append(Live(CATEGORIES[one.category], layered(one.name), place, one.shape, one.dtype, len(group), size))
+        rows.append(Live(CATEGORIES[one.category], shown(one.name), place, one.shape, one.dtype, len(group), size))
     return tuple(sorted(rows, key=lambda row: -row.nbytes))
 
 

@@ -87,16 +87,18 @@ def _refusal(run: Run, at: int) -> Refusal:
 
 
 def _fit(made: Simulation, target: Target, trace: Trace) -> Fit:
-    """What was served fits; tightly, where cached memory had to be given back for it, or the band's upper end would
-    not be. What was not, does not; tightly where a card would serve it that is larger by the band."""
-    card, band = target.card, made.confidence.band if made.confidence else 0.0
+    """What was served fits; tightly, where cached memory had to be given back for it, or the upper end of what may be
+    reserved would not be. What was not, does not; tightly where a card would serve it that is larger by the band."""
+    card, told = target.card, made.confidence
     assert card is not None
+    band = told.band if told else 0.0
     outside, fraction = made.outside_allocator_bytes, target.settings.per_process_memory_fraction
     room = min(card.capacity - outside, int(fraction * card.capacity))
     needed = made.peak_reserved_bytes or 0
+    high = told.high_reserved(needed) if told else needed
     if made.refusal is not None:
-        larger = replace(target, card=card._replace(capacity=int(card.capacity / (1 - band))))
+        larger = replace(target, card=card._replace(capacity=outside + int((card.capacity - outside) / (1 - band))))
         verdict = "does_not_fit" if larger.serve(trace)[1] is not None else "tight"
     else:
-        verdict = "tight" if made.retries or needed * (1 + band) > room else "fits"
+        verdict = "tight" if made.retries or high > room else "fits"
     return Fit(card.name, card.capacity, room - needed, verdict)

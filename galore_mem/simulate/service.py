@@ -155,7 +155,7 @@ def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Beg
     made = _named(about["optimizer"], f"{about['optimizer']} of {asked.reference}", about["package"], setup.layerwise)
     made = replace(
         made, assumptions=tuple(told.of_step(setup, about, warm_up)), not_counted=told.NOT_COUNTED,
-        confidence=confidence("simulate", setup, OWN, OWN, OWN),
+        confidence=confidence("simulate", setup, None, OWN, asked.reference),
     )  # fmt: skip
     described = (
         setup_json(setup, None, target.card) | dict.fromkeys(DECIDED) | told.stack(setup, target.settings, full=True)

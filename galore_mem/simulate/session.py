@@ -260,7 +260,16 @@ def run_step(build: Build, setup: Setup, warm: int, device: torch.device, meter:
     context = nullcontext if fmt is None else partial(torch.autocast, device.type, getattr(torch, fmt.name))
     largest = Largest([Member(NO_LEDGER, p) for p in model.parameters() if p.requires_grad], device)
     given = Given(optimizer, setup, warm)
-    train(Called(model, *loss), inputs, given, meter, setup, context, largest.together)
+
+    def after_backward() -> None:
+        largest.together()
+        if setup.layerwise and any(p.grad is not None for p in model.parameters()):
+            raise InputError(
+                "with --layerwise the step happens in hooks of its own, which free each gradient, and after backward "
+                "there are gradients; leave it out, or register hooks (Tensor.register_post_accumulate_grad_hook)"
+            )
+
+    train(Called(model, *loss), inputs, given, meter, setup, context, after_backward)
     known: set[int] = set()
     weights = total(model.parameters(), device, known)
     state = total((t for _, t in tensors(optimizer.state)), device, known)

@@ -21,7 +21,8 @@ from galore_mem.verify.predict import modelled
 
 NOT_COUNTED = (
     "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor",
-    "scratch of kernels that no table here has (sums over many rows, index sorting); libraries' own memory",
+    "scratch of kernels that no table here has: cuDNN's convolutions, cuSOLVER's drivers, custom CUDA kernels",
+    "what a program does only where it is told that a tensor is on CUDA (is_cuda, device.type): here it is told no",
     *GENERAL_NOT_COUNTED[1:],
 )
 KERNELS = {
@@ -73,7 +74,10 @@ def of_step(setup: Setup, about: Mapping[str, Any], warm_up: int) -> Iterator[st
     cast = f", autocast {setup.recipe.autocast}" if setup.recipe.autocast else ""
     yield f"weights {' and '.join(about['formats'])}, as they are made{cast}"
     yield f"steps from the start of the process, {warm_up} before the one looked at; {setup.loop}"
-    yield f"eager PyTorch {version('torch')}"
+    yield (
+        f"eager PyTorch {release('torch', setup.torch, TORCH)}, "
+        f"transformers {release('transformers', setup.transformers, TRANSFORMERS)}"
+    )
 
 
 def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSettings) -> Iterator[str]:
@@ -96,4 +100,4 @@ def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSe
 def assumption(one: Assumed) -> str:
     """A value that the program asked for."""
     where = one.module or "the program"
-    return f"where {where} asks for a value ({one.dtype}) it is told {one.answer}"
+    return f"{where} decides by a tensor's value ({one.dtype}), and nothing has values here: {one.answer} was taken"
