@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -122,3 +124,9 @@ def test_simulate_says_the_same(method: str) -> None:
     if method != "lora":  # of so small a model its reserve is 6.9 % off
         assert said.peak_reserved_bytes is not None
         assert abs(said.peak_reserved_bytes / real.peak_reserved_bytes - 1) <= 0.02
+
+
+def test_torch_is_not_needed() -> None:
+    program = "import sys, galore_mem; galore_mem.estimate('llama-60m', ['galore'], reserved=True); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

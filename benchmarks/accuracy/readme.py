@@ -8,6 +8,7 @@ from pathlib import Path
 from errors import Pair, grouped, percent, size_of, spread, table
 
 BEGIN, END = "<!-- accuracy: written by `python benchmarks/accuracy` -->", "<!-- /accuracy -->"
+COMMANDS = ("estimate", "estimate --reserved", "simulate")
 KINDS = {"peak": "allocated peak", "reserved": "reserved peak"}
 
 
@@ -29,8 +30,8 @@ def _rows(kinds: Mapping[str, Sequence[Pair]]) -> Iterator[tuple[str, ...]]:
     for beside, pairs in kinds.items():
         for what, named in KINDS.items():
             groups = grouped((pair for pair in pairs if pair.what == what), lambda pair: pair.predictor)
-            for predictor, of in groups.items():
-                s = spread(of)
+            for predictor in (name for name in COMMANDS if name in groups):
+                s = spread(groups[predictor])
                 yield (
                     f"`{predictor}`", beside, named, str(s.count), size_of(s.middle), size_of(s.high),
                     percent(s.worst.error),

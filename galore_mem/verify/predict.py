@@ -40,7 +40,7 @@ def predict(case: Case, capability: tuple[int, int] | None = None) -> Prediction
     asked = Estimated(spec, setup, found, code, case.targets, given)
     work = asked.work()
     if case.workload == TRAIN:
-        made = budget(asked)
+        made = budget(asked, reserved=setup.device == "cuda")  # its counters have what blocks leave unused
         kept = CUBLAS_WORKSPACES * cublas_workspace(setup) if setup.device == "cuda" else None
         phases = _measurable({p.name: p.allocated_bytes - (kept or 0) for p in made.phases})
         stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
