@@ -60,7 +60,7 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
         "### Outside the allocator",
         text(
             "What the CUDA context takes is measured, not derived; it differs by card and driver. `galore-mem` adds a "
-            "constant for the card, from out-of-memory messages that users published."
+            "constant for the card: of these two from these runs, of others from out-of-memory messages of users."
         ),
         outside(lines),
         "### Not expressible",
