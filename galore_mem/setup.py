@@ -11,11 +11,12 @@ from galore_mem.errors import InputError, unknown
 ATTENTION = ("sdpa", "eager", "flash")
 LOSSES = ("eager", "fused", "chunked")
 DEVICES = ("cuda", "cpu")
-# Until when the loop holds what forward returned: it lets it go before backward, or after it, or after the step.
-KEPT_LOGITS = ("none", "backward", "step")
+# Until when the loop holds what forward returned: it lets it go before backward, or after it, or after the step, or
+# when the next one takes its name.
+KEPT_LOGITS = ("none", "backward", "step", "next")
 HELD = {
     "none": "is dropped before backward", "backward": "lives until backward is over",
-    "step": "lives until the step is over",
+    "step": "lives until the step is over", "next": "lives until the next forward pass has returned",
 }  # fmt: skip
 # Versions of transformers whose modelling code the families follow; the newest is the default.
 TRANSFORMERS = ("4.57", "5.23")
@@ -68,7 +69,8 @@ class Setup:
     The loop's defaults are those of the transformers Trainer: gradients are set to None after each step
     (`keep_gradients=False`; True zeroes them), the model's output is dropped before backward (`keep_logits="none"`),
     no key/value cache, non-reentrant checkpointing. A loop whose variable `outputs` is deleted after `loss.backward()`
-    has `keep_logits="backward"`, one in which it lives until the step is over `"step"` (True; False is `"none"`).
+    has `keep_logits="backward"`, one in which it lives until the step is over `"step"` (True; False is `"none"`), and
+    one that binds each output to the same name without deleting the one before `"next"`.
 
     `device` decides what differs between allocators and kernels: on `cuda` sizes are rounded to blocks of
     512 bytes, cuBLAS workspaces are resident and torch's step counters stay on the host; on `cpu`
@@ -92,7 +94,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         if isinstance(self.keep_logits, bool):
-            object.__setattr__(self, "keep_logits", KEPT_LOGITS[-1 if self.keep_logits else 0])
+            object.__setattr__(self, "keep_logits", "step" if self.keep_logits else "none")
         for name, value, limit in (
             ("batch-size", self.batch_size, 2**20),
             ("seq-len", self.seq_len, 2**24),

@@ -26,6 +26,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation": 3},
     "gradients kept": {"keep_gradients": True},
     "output kept": {"keep_logits": "step"},
+    "output kept until the next": {"keep_logits": "next"},
     "fp32, eager": {"recipe": RECIPES["fp32"], "attention": "eager"},
 }
 # their steps let the gradient go; what a loop then zeroes is another's

@@ -60,10 +60,12 @@ def test_what_is_kept_is_there() -> None:
     """The logits, batch x length x vocabulary in float32, lie there in backward (beyond its own, when they are used
     last) and in the step; gradients lie there in forward."""
     logits, gradients = 2 * 32 * 2048 * 4, budget(case(device="cpu")).weights_bytes
-    plain, backward, step = (simulated(case(device="cpu", keep_logits=kept)) for kept in KEPT_LOGITS)
+    plain, backward, step, following = (simulated(case(device="cpu", keep_logits=kept)) for kept in KEPT_LOGITS)
     assert backward["backward"] > plain["backward"]
     assert backward["step"] == plain["step"] < step["step"]
     assert step["step"] - plain["step"] >= logits
+    assert following["forward"] - step["forward"] >= logits
+    assert following["step"] == step["step"]
     zeroed = simulated(case(device="cpu", keep_gradients=True))
     assert zeroed["forward"] - plain["forward"] == gradients
 

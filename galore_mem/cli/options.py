@@ -49,7 +49,11 @@ KeepLogits = Annotated[
     ),
 ]
 KeepLogitsUntil = Annotated[
-    str | None, typer.Option(help="Of a loop that holds it: until backward or the step is over.", show_default="step")
+    str | None,
+    typer.Option(
+        help="Of a loop that holds it: until backward, step, or the next forward pass (next) is over.",
+        show_default="step",
+    ),
 ]
 Transformers = Annotated[
     str | None, typer.Option(help="Release whose behavior is modelled: 4.57 or 5.23.", show_default=False)

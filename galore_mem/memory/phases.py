@@ -167,16 +167,21 @@ def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
     resident = workspaces(work, tape)
     if setup.layerwise:
         resident += hook(work, network, layout.states, lambda: refresh)
-    held = run_pass(work, network, "refresh" if refresh else "backward")
+    before: list[Tensor] = []
+    if setup.keep_logits == "next":
+        before += run_pass(work, network, "ready", [])
+        for _, parameter, _ in network.trained:
+            parameter.grad = parameter.grad if setup.keep_gradients or setup.gradient_accumulation > 1 else None
+    held = run_pass(work, network, "refresh" if refresh else "backward", before)
     # what is held lies there during the step
     retained = (0, network.inputs_gradient(), 0, tape.live[3], tape.live[4])
     del resident, held
     return Run(dict(tape.peaks), retained, frozenset(tape.kernels))
 
 
-def run_pass(work: Work, network: Network, backward: str) -> tuple[Tensor, ...]:
+def run_pass(work: Work, network: Network, backward: str, before: list[Tensor]) -> tuple[Tensor, ...]:
     """A forward and a backward pass. Returns what the loop holds afterwards: the loss, and the model's output if it
-    keeps that."""
+    keeps that. `before` is what it holds of the pass before, until this one's output takes its name."""
     setup, tape = work.setup, network.tape
     network.enter("forward", BEFORE)
     if work.forward is None:
@@ -185,10 +190,11 @@ def run_pass(work: Work, network: Network, backward: str) -> tuple[Tensor, ...]:
     with tape.autocast_region(setup.recipe.autocast):
         loss, outputs = work.forward(network, ids, labels)
     del ids, labels
+    before.clear()
     if setup.keep_logits == "none":
         outputs = ()
     _backward(network, loss, backward)
-    if setup.keep_logits != "step":
+    if setup.keep_logits not in ("step", "next"):
         outputs = ()
         loss = loss.detach()  # what is left of the graph goes
         network.dropped()

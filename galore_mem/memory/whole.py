@@ -32,12 +32,14 @@ def whole(work: Work) -> Log:
     if setup.layerwise:
         kept += hook(work, network, layout.states, lambda: name == "refresh")
     slots: list[Slot] = []
+    held: list[Tensor] = []
     for name in (FIRST, "step", "refresh") if work.code.refreshes else (FIRST, "step"):
         log.called = FIRST if name == FIRST else None
         backward = "refresh" if name == "refresh" and setup.layerwise else "backward"
         for _ in range(min(setup.gradient_accumulation, MICRO)):
-            held: tuple[Tensor, ...] = ()
-            held = run_pass(work, network, backward)
+            if setup.keep_logits != "next":
+                held.clear()
+            held += run_pass(work, network, backward, held)
         network.settle()
         if not setup.layerwise:
             if not slots:
@@ -46,8 +48,9 @@ def whole(work: Work) -> Log:
                 for slot in slots:
                     layout.states.give(slot)
             _step(work, network, slots, tape, name)
-        del held
-        network.dropped()
+        if setup.keep_logits != "next":
+            held.clear()
+            network.dropped()
     log.called = END
     tape.mark(END, 0, "all")
     tape.log = None  # what goes when this returns is no part of the run

@@ -181,9 +181,12 @@ def train(
             for micro in range(setup.gradient_accumulation):
                 del micro
                 meter.enter("forward" if plain else WARM)
-                held.clear()
+                if setup.keep_logits != "next":
+                    held.clear()
                 with context():
-                    held.append(model(**inputs()))
+                    made = model(**inputs())
+                held[:] = [made]
+                del made
                 loss = held[0].loss
                 if setup.keep_logits == "none":
                     held.clear()
@@ -198,7 +201,8 @@ def train(
             stepper.step()
             meter.enter(BETWEEN)
             stepper.zero_grad()
-            held.clear()
+            if setup.keep_logits != "next":
+                held.clear()
     finally:
         gc.enable()
 
