@@ -102,6 +102,7 @@ def test_a_step_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--set", "proj_type"], "--set takes name=value"),
         (["--alloc-conf", "expandable_segments"], "cannot read allocator setting"),
         (["--gpu", "24"], "--gpu 24 would be a card of 24 B"),
+        (["--platform", "os2"], "unknown platform 'os2'; known: linux, windows"),
         (["--timeline", "run.pdf"], "unknown kind of picture"),
         (["--snapshot", "run.pickle"], "name one method"),
         (["--method", "sgd", "--rank", "0"], "rank"),

@@ -270,3 +270,23 @@ def test_a_snapshot_that_the_viewer_opens(tmp_path: Path) -> None:
 def test_rows_of_nothing() -> None:
     run = on_cuda(Trace(512, [], [], [Mark(0, "load")]), parse_settings(""))
     assert alive(run, 0) == ()
+
+
+# -- addresses -----------------------------------------------------------------------------------------------
+
+
+def test_whose_driver_it_is() -> None:
+    """Each new segment lies above the one before under Windows, and below under Linux; of two free blocks
+    of one size the lower is taken, so that a snapshot's addresses differ and what is reserved here does not."""
+    linux, windows = (simulation(keep_run=True, platform=name) for name in ("linux", "windows"))
+    assert linux.run is not None
+    assert windows.run is not None
+    assert (linux.run.platform, windows.run.platform) == ("linux", "windows")
+    assert linux.peak_reserved_bytes == windows.peak_reserved_bytes
+    assert any("addresses as under windows" in one for one in windows.assumptions)
+    first = [
+        sorted(segment.address for segment in run.replayed.layout)
+        for run in (linux.run, windows.run)
+        if run.replayed is not None
+    ]
+    assert first[0] != first[1]

@@ -72,6 +72,9 @@ def command(
     alloc_conf: Annotated[
         str, typer.Option(help="The allocator's settings, as in PYTORCH_ALLOC_CONF (expandable_segments:True).")
     ] = "",
+    platform: Annotated[
+        str, typer.Option(help="linux or windows: how the card's driver hands out addresses, on which reuse depends.")
+    ] = "linux",
     full: Annotated[
         bool, typer.Option("--full/--extrapolate", help="Trace every layer, or few, from which the others follow.")
     ] = True,
@@ -127,6 +130,7 @@ def command(
             targets=listed(target),
             gpu=gpu,
             allocator=alloc_conf,
+            platform=platform,
             full=full,
             warm_up=warm_up,
             points=points or files.points,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from galore_mem.allocator.device import Device
+from galore_mem.allocator.device import Addresses, AscendingAddresses, Device
 from galore_mem.allocator.events import Alloc, Event, Free
 from galore_mem.allocator.events import Mark as Begins
 from galore_mem.allocator.expandable import new_allocator
@@ -16,6 +16,10 @@ from galore_mem.allocator.settings import AllocatorSettings
 from galore_mem.memory.tensor import CATEGORIES
 from galore_mem.simulate.addresses import DriverAddresses
 from galore_mem.simulate.trace import Bytes, Trace
+
+LINUX = "linux"
+# how the card's driver hands out addresses, which decide between free blocks of one size (docs/recordings.md)
+PLATFORMS: dict[str, type[Addresses]] = {LINUX: DriverAddresses, "windows": AscendingAddresses}
 
 
 class Highest(NamedTuple):
@@ -39,6 +43,7 @@ class Run:
     blocks: Mapping[int, int]
     reserved: array[int] | None = None
     replayed: ReplayResult | None = None
+    platform: str = LINUX
 
     def moments(self) -> Iterator[tuple[int, str, list[int]]]:
         """(number of the event before, phase, live bytes by category) where each phase begins and after each event.
@@ -80,17 +85,19 @@ def on_cpu(trace: Trace) -> Run:
     return Run(trace, {i: trace.nbytes(i) for i in trace.events if i >= 0})
 
 
-def card(capacity: int | None = None, other: int = 0) -> Device:
-    """A card of so many bytes (None: no limit), `other` of which are taken, whose driver hands out addresses as under
-    Linux."""
-    return Device(capacity, other, DriverAddresses())
+def card(capacity: int | None = None, other: int = 0, platform: str = LINUX) -> Device:
+    """A card of so many bytes (None: no limit), `other` of which are taken, whose driver hands out addresses as on a
+    platform."""
+    return Device(capacity, other, PLATFORMS[platform]())
 
 
-def on_cuda(trace: Trace, settings: AllocatorSettings, capacity: int | None = None, other: int = 0) -> Run:
+def on_cuda(
+    trace: Trace, settings: AllocatorSettings, capacity: int | None = None, other: int = 0, platform: str = LINUX
+) -> Run:
     """The run through the caching allocator of a device, `other` bytes of which are taken. `replayed` tells whether it
     could serve all of it; if not, the run is what happened until then."""
     stream = list(requests(trace))
-    result = replay(stream, allocator=new_allocator(settings, card(capacity, other)), timeline=True)
+    result = replay(stream, allocator=new_allocator(settings, card(capacity, other, platform)), timeline=True)
     assert result.timeline is not None
     blocks: dict[int, int] = {}
     reserved, before = array("q"), 0
@@ -101,7 +108,7 @@ def on_cuda(trace: Trace, settings: AllocatorSettings, capacity: int | None = No
             blocks[event.id] = allocated - before
         reserved.append(held)
         before = allocated
-    return Run(trace, blocks, reserved, result)
+    return Run(trace, blocks, reserved, result, platform)
 
 
 def requests(trace: Trace) -> Iterator[Event]:

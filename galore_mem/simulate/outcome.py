@@ -9,7 +9,7 @@ from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.result import Fit, Phase
 from galore_mem.setup import Setup
 from galore_mem.simulate import told
-from galore_mem.simulate.device import Run, on_cpu, on_cuda, refused_at
+from galore_mem.simulate.device import LINUX, Run, on_cpu, on_cuda, refused_at
 from galore_mem.simulate.explain import peak, place_of, timeline
 from galore_mem.simulate.history import history
 from galore_mem.simulate.result import SIMULATED_PHASES, Refusal, Simulation
@@ -27,6 +27,7 @@ class Target:
     card: Gpu | None = None
     points: int | None = None
     keep_run: bool = False
+    platform: str = LINUX
 
     @property
     def outside(self) -> int:
@@ -39,13 +40,13 @@ class Target:
         if self.device == "cpu":
             return on_cpu(trace), None, None
         if self.card is None:
-            return on_cuda(trace, self.settings), None, None
-        run = on_cuda(trace, self.settings, self.card.capacity, min(self.outside, self.card.capacity))
+            return on_cuda(trace, self.settings, platform=self.platform), None, None
+        run = on_cuda(trace, self.settings, self.card.capacity, min(self.outside, self.card.capacity), self.platform)
         at = refused_at(run)
         if at is None:
             return run, None, None
         roomy = replace(self.settings, per_process_memory_fraction=1.0)
-        return on_cuda(trace, roomy), _refusal(run, at), at
+        return on_cuda(trace, roomy, platform=self.platform), _refusal(run, at), at
 
 
 def completed(made: Simulation, traced: Traced, setup: Setup, target: Target) -> Simulation:
@@ -65,7 +66,7 @@ def completed(made: Simulation, traced: Traced, setup: Setup, target: Target) ->
         ),
         outside_allocator_bytes=target.outside,
         peak_reserved_bytes=max(reserved.values(), default=None),
-        assumptions=(*made.assumptions, *told.of_run(traced, setup, target.card, target.settings)),
+        assumptions=(*made.assumptions, *told.of_run(traced, setup, target.card, target.settings, target.platform)),
         refusal=refusal,
         retries=None if run.replayed is None else run.replayed.stats.num_alloc_retries,
         events=len(trace.events),

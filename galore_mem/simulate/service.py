@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from galore_mem._version import __version__
 from galore_mem.allocator.settings import parse_settings
-from galore_mem.errors import InputError
+from galore_mem.errors import InputError, unknown
 from galore_mem.estimator import Case, check, given_for, model_json, select, setup_json
 from galore_mem.evidence import OWN, confidence
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.result import Unsupported
 from galore_mem.setup import Setup
 from galore_mem.simulate import told, versions
+from galore_mem.simulate.device import LINUX, PLATFORMS
 from galore_mem.simulate.layers import trace_layers
 from galore_mem.simulate.load import UserStep
 from galore_mem.simulate.models import work_of
@@ -39,6 +40,7 @@ def simulate(
     targets: Iterable[str] | None = None,
     gpu: str | None = None,
     allocator: str = "",
+    platform: str = LINUX,
     full: bool = True,
     warm_up: int | None = None,
     points: int | None = None,
@@ -51,9 +53,9 @@ def simulate(
 
     `model` and `methods` are as for `estimate`; a config.json of any family of transformers, and `module:function`,
     which returns model, optimizer and batch, are models too. `allocator` is a PYTORCH_ALLOC_CONF; with `gpu` the run
-    is on that card, and ends where its memory does. `full` traces every layer; otherwise a few, from which the others
-    follow. `warm_up` is for `module:function`: steps before the one that is looked at (1). `points` asks for a timeline
-    of so many, `keep_run` for the run itself (`Simulation.run`).
+    is on that card, and ends where its memory does; `platform`, linux or windows, is whose driver it is. `full` traces
+    every layer; otherwise a few, from which the others follow. `warm_up` is for `module:function`: steps before the one
+    that is looked at (1). `points` asks for a timeline of so many, `keep_run` for the run itself (`Simulation.run`).
 
     The code that runs is the installed torch's and transformers'; what the releases that `setup` names are known to do
     differently is done as they do it. Raises `InputError`.
@@ -65,7 +67,9 @@ def simulate(
         raise InputError("--gpu and --alloc-conf are about a card; leave them out with --device cpu")
     setup = replace(setup, compute_capability=(card and card.capability) or setup.compute_capability)
     versions.check(setup)
-    target = Target(setup.device, parse_settings(allocator), card, points, keep_run)
+    if platform not in PLATFORMS:
+        raise unknown("platform", platform, PLATFORMS)
+    target = Target(setup.device, parse_settings(allocator), card, points, keep_run, platform)
     names = tuple(dict.fromkeys(methods or ()))
     chosen = None if targets is None else tuple(targets)
     if isinstance(asked, UserStep):

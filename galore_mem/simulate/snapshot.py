@@ -14,7 +14,7 @@ def write(path: Path, run: Run, settings: AllocatorSettings, capacity: int | Non
     """The run on a device of this capacity, `other` bytes of which are taken: where it runs out of memory, up to there.
     Raises `InputError` where the file cannot be written."""
     snapshot, _ = memory_snapshot(
-        requests(run.trace), settings, on=card(capacity, other), describe=lambda i: describe(run, i)
+        requests(run.trace), settings, on=card(capacity, other, run.platform), describe=lambda i: describe(run, i)
     )
     write_snapshot(path, snapshot)
 

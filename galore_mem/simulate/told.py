@@ -80,7 +80,7 @@ def of_step(setup: Setup, about: Mapping[str, Any], warm_up: int) -> Iterator[st
     )
 
 
-def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSettings) -> Iterator[str]:
+def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSettings, platform: str) -> Iterator[str]:
     """The device, and what the program was told about values that nothing has."""
     ran = {one.op.removeprefix("aten.").partition(".")[0] for one in traced.trace.allocations if "attention" in one.op}
     kernels = sorted({KERNELS[op] for op in ran if op in KERNELS})
@@ -89,7 +89,8 @@ def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSe
     if setup.device == "cuda":
         outside = card or DEFAULT_CONTEXT
         yield f"CUDA context {format_bytes(outside.context)}: {outside.evidence}"
-        yield f"caching allocator ({settings_text(settings) or 'default settings'}), one stream"
+        how = settings_text(settings) or "default settings"
+        yield f"caching allocator ({how}), one stream, addresses as under {platform}"
         kept = [one.nbytes for one in traced.trace.allocations if one.op == WORKSPACE]
         if kept:
             yield f"cuBLAS keeps {len(kept)} x {kept[0]:,} bytes, among the temporaries"
