@@ -76,7 +76,8 @@ Exceptions, and what was given:
   that select everything. The equivalent runs all three (`last_rows`). Without, allocated bytes are 2.7 to 4.4 % lower.
 - A cuBLAS workspace has 8,519,680 B, as on cards before Hopper. `niu_*` show it; in `lin_*` it was made before.
 - Where segments lie decides between free blocks of one size (`--platform`). The first recordings' lie one above the
-  other, as under Windows and its subsystem for Linux; the second's as `galore_mem.simulate.addresses` has it. The other way around:
+  other, as under Windows and its subsystem for Linux; the second's as `galore_mem.simulate.addresses` has it. The other
+  way around:
 """
 
 OTHERS = """
