@@ -27,8 +27,9 @@ class Prediction(NamedTuple):
     entries: tuple[Entry, ...]
 
 
-def predict(case: Case, capability: tuple[int, int] | None = None) -> Prediction:
-    """The estimate of a case, on a card of this compute capability. Raises `InputError` for what cannot be
+def predict(case: Case, capability: tuple[int, int] | None = None, *, slack: bool = True) -> Prediction:
+    """The estimate of a case, on a card of this compute capability; of whole training steps there, with what the
+    allocator's blocks leave unused (`slack`), for the counters have it. Raises `InputError` for what cannot be
     estimated."""
     spec, found = model_of(case.model), method(case.method)
     code, given = found.implementation(case.implementation), given_for(found, case.hyperparameters)
@@ -40,7 +41,7 @@ def predict(case: Case, capability: tuple[int, int] | None = None) -> Prediction
     asked = Estimated(spec, setup, found, code, case.targets, given)
     work = asked.work()
     if case.workload == TRAIN:
-        made = budget(asked, reserved=setup.device == "cuda")  # its counters have what blocks leave unused
+        made = budget(asked, reserved=slack and setup.device == "cuda")
         kept = CUBLAS_WORKSPACES * cublas_workspace(setup) if setup.device == "cuda" else None
         phases = _measurable({p.name: p.allocated_bytes - (kept or 0) for p in made.phases})
         stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
