@@ -17,9 +17,11 @@ import pytest
 from galore_mem.allocator.events import Alloc, EmptyCache, Free
 from galore_mem.errors import InputError
 from galore_mem.memory.tensor import WEIGHTS
+from galore_mem.simulate import loads
 from galore_mem.simulate.trace import Allocation, Mark, Trace
 
 SUITE = Path(__file__).parents[1] / "benchmarks" / "accuracy"
+NAMES = ("gpu", "gpu_loops", "gpu_rows", "report_gpu")
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(SUITE))
     names = [path.stem for path in SUITE.glob("*.py") if path.stem != "__main__"]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    yield SimpleNamespace(**{n: import_module(n) for n in ("gpu", "gpu_load", "gpu_loops", "gpu_rows", "report_gpu")})
+    yield SimpleNamespace(**{n: import_module(n) for n in NAMES}, loads=loads)
     for name in names:
         sys.modules.pop(name, None)
     sys.modules.update(before)
@@ -165,7 +167,7 @@ def loaded() -> Trace:
 
 
 def test_a_load_in_the_models_order_and_one_from_a_block(suite: Any) -> None:
-    load, trace = suite.gpu_load, loaded()
+    load, trace = suite.loads, loaded()
     kept = load.stays(trace, 7)
     sizes = [64, 64, 512, 64, 4096, 128, 256]
     assert list(load.to_device(kept)) == [Alloc(i, n) for i, n in enumerate(sizes)]
@@ -177,7 +179,7 @@ def test_a_load_in_the_models_order_and_one_from_a_block(suite: Any) -> None:
 def test_a_load_that_quantizes(suite: Any, peft: str, empties: bool) -> None:
     """The block: 512 bytes of codes, and 16 and 1,024 numbers of 2 bytes. Then by name: `a` (128 x 8 numbers of 2
     bytes, read, quantized and gone), `embed`, `norm`; the two others are widened in the model's order."""
-    load = suite.gpu_load
+    load = suite.loads
     own = load.OWN
     found = list(load.quantized(load.stays(loaded(), 7), 2, peft))
     assert found == [
@@ -194,7 +196,7 @@ def test_a_load_that_quantizes_scales_too(suite: Any) -> None:
     """128 x 64 numbers: 4,096 bytes of codes and 128 scales of a byte, which were 128 of 4 bytes for a while."""
     rows = [(128, "uint8"), (4096, "uint8"), (16, "float32")]
     made = [Allocation(n, "", "", "", WEIGHTS, "model.a.weight", (), dtype) for n, dtype in rows]
-    load = suite.gpu_load
+    load = suite.loads
     found = list(load.quantized(load.stays(Trace(1, made, [0, 1, 2]), 3), 2, "0.19.1"))
     own = load.OWN
     assert found == [
@@ -205,7 +207,7 @@ def test_a_load_that_quantizes_scales_too(suite: Any) -> None:
 
 def test_names_are_read_in_natural_order(suite: Any) -> None:
     names = ["model.layers.10.a", "model.layers.9.b", "lm_head.weight", "model.layers.9.a"]
-    assert sorted(names, key=suite.gpu_load.natural) == [names[2], names[3], names[1], names[0]]
+    assert sorted(names, key=suite.loads.natural) == [names[2], names[3], names[1], names[0]]
 
 
 # -- both predictors ---------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import gpu_load
 import gpu_loops
 from gpu_loops import FIRST, FORWARD, WARMED, Subject
 from gpu_rows import CARDS, PHASES, Row, every
@@ -17,6 +16,7 @@ from galore_mem.estimator import budget
 from galore_mem.gpus import DEFAULT_CONTEXT, GPUS
 from galore_mem.memory.phases import Work
 from galore_mem.memory.tensor import OPTIMIZER_STATE, WEIGHTS
+from galore_mem.simulate import loads
 from galore_mem.simulate.trace import Trace
 
 __all__ = ["cases", "run"]
@@ -164,7 +164,7 @@ def as_they_ran(row: Row) -> Found:
 def residents(trace: Trace) -> dict[str, int]:
     """Bytes of parameters as they were loaded, with what belongs to quantized ones, and of the optimizer's state at the
     end. (Buffers that a model computes are neither.)"""
-    loaded = [one.one for one in gpu_load.stays(trace, trace.marks[0].at)]
+    loaded = [one.one for one in loads.stays(trace, trace.marks[0].at)]
     last = [trace.allocations[i] for i in trace.alive(len(trace.events))]
     return {
         "weights": sum(one.nbytes for one in loaded if one.category == WEIGHTS and one.name.endswith(PARAMETERS)),
@@ -265,12 +265,12 @@ def events(row: Row, trace: Trace) -> Iterator[Event]:
     """The run as the allocator sees it: the load, then the trace from the first step on, with the loop's emptied
     caches."""
     begin = trace.marks[0].at
-    kept = gpu_load.stays(trace, begin)
+    kept = loads.stays(trace, begin)
     yield Mark(gpu_loops.LOADED)
     if row.told["method"] == "qlora":
-        yield from gpu_load.quantized(kept, row.setup.recipe.weights.bits // 8, row.told["versions"].get("peft", "0"))
+        yield from loads.quantized(kept, row.setup.recipe.weights.bits // 8, row.told["versions"].get("peft", "0"))
     else:
-        yield from (gpu_load.warmed if row.loop.load == WARMED else gpu_load.to_device)(kept)
+        yield from (loads.warmed if row.loop.load == WARMED else loads.to_device)(kept)
     marks = iter(trace.marks)
     upcoming = next(marks, None)
     for at, event in enumerate(trace.events[begin:], begin):

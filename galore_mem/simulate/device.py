@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from galore_mem.allocator.device import Addresses, AscendingAddresses, Device
-from galore_mem.allocator.events import Alloc, Event, Free
+from galore_mem.allocator.events import Alloc, EmptyCache, Event, Free
 from galore_mem.allocator.events import Mark as Begins
 from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.replay import ReplayResult, replay
@@ -102,7 +102,7 @@ def on_cuda(
     blocks: dict[int, int] = {}
     reserved, before = array("q"), 0
     for event, allocated, held in zip(stream, *(result.timeline.allocated, result.timeline.reserved), strict=False):
-        if isinstance(event, Begins):
+        if isinstance(event, Begins | EmptyCache):
             continue
         if isinstance(event, Alloc):
             blocks[event.id] = allocated - before
@@ -113,12 +113,15 @@ def on_cuda(
 
 def requests(trace: Trace) -> Iterator[Event]:
     """A trace as the allocator's events."""
+    emptied = frozenset(trace.emptied)
     phases = iter(trace.marks)
     upcoming = next(phases, None)
     for at, event in enumerate(trace.events):
         while upcoming is not None and upcoming.at == at:
             yield Begins(upcoming.phase)
             upcoming = next(phases, None)
+        if at in emptied:
+            yield EmptyCache()
         yield Alloc(event, trace.allocations[event].nbytes) if event >= 0 else Free(~event)
 
 

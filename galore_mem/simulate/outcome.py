@@ -11,7 +11,7 @@ from galore_mem.setup import Setup
 from galore_mem.simulate import told
 from galore_mem.simulate.device import LINUX, Run, on_cpu, on_cuda, refused_at
 from galore_mem.simulate.explain import peak, place_of, timeline
-from galore_mem.simulate.history import history
+from galore_mem.simulate.history import Read, history
 from galore_mem.simulate.result import SIMULATED_PHASES, Refusal, Simulation
 from galore_mem.simulate.session import Traced
 from galore_mem.simulate.trace import Trace
@@ -49,9 +49,11 @@ class Target:
         return on_cuda(trace, roomy, platform=self.platform), _refusal(run, at), at
 
 
-def completed(made: Simulation, traced: Traced, setup: Setup, target: Target) -> Simulation:
-    """A simulation with all that the trace and the device tell."""
-    trace = history(traced.trace, hooks=setup.layerwise)
+def completed(
+    made: Simulation, traced: Traced, setup: Setup, target: Target, quantized: Read | None = None
+) -> Simulation:
+    """A simulation with all that the trace and the device tell. `quantized`: as for `history`."""
+    trace = history(traced.trace, hooks=setup.layerwise, quantized=quantized)
     run, refusal, refused = target.serve(trace)
     highest, reserved = run.highest(), run.most_reserved()
     weights, gradients, state = traced.measured[:3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.metadata import version
 
 from galore_mem._version import __version__
 from galore_mem.allocator.settings import parse_settings
@@ -15,6 +16,7 @@ from galore_mem.result import Unsupported
 from galore_mem.setup import Setup
 from galore_mem.simulate import told, versions
 from galore_mem.simulate.device import LINUX, PLATFORMS
+from galore_mem.simulate.history import Read
 from galore_mem.simulate.layers import trace_layers
 from galore_mem.simulate.load import UserStep
 from galore_mem.simulate.models import work_of
@@ -138,7 +140,8 @@ def _by_method(case: Case, target: Target, says: Callable[[str], None], *, full:
         not_counted=(*told.NOT_COUNTED, *work.code.not_counted),
         confidence=confidence("simulate", work.setup, case.model.family, case.method.name, case.code.name),
     )  # fmt: skip
-    return completed(made, traced, work.setup, target)
+    read = Read(work.setup.recipe.weights.bits // 8, version("peft")) if row.quantizes else None
+    return completed(made, traced, work.setup, target, read)
 
 
 def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Begun, *, full: bool) -> SimulateResult:

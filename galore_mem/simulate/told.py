@@ -20,7 +20,7 @@ from galore_mem.verify.builders import GAP, Builder
 from galore_mem.verify.predict import modelled
 
 NOT_COUNTED = (
-    "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor",
+    "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor (quantized: as read)",
     "scratch of kernels that no table here has: cuDNN's convolutions, cuSOLVER's drivers, custom CUDA kernels",
     "what a program does only where it is told that a tensor is on CUDA (is_cuda, device.type): here it is told no",
     *GENERAL_NOT_COUNTED[1:],

@@ -55,12 +55,14 @@ class Moment(NamedTuple):
 
 @dataclass(slots=True)
 class Trace:
-    """Allocations, events and phase marks; `granularity` is what an allocator rounds sizes up to (bytes)."""
+    """Allocations, events and phase marks; `granularity` is what an allocator rounds sizes up to (bytes). `emptied` are
+    the numbers of events before which the program gives the allocator's cache back."""
 
     granularity: int = 1
     allocations: list[Allocation] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    emptied: list[int] = field(default_factory=list)
 
     def nbytes(self, index: int) -> int:
         """Bytes of an allocation in the allocator's blocks."""

@@ -90,7 +90,7 @@ class Builder:
     `settle`: steps after the last, until the state is whole again. `hooks_itself`: its layer-wise update is its own.
     `only` says why it has not both `workloads`. `prepare` changes a real model first (adapters, quantized weights);
     `coded` makes the parameter that stands for a float matrix where the ledger stores codes. `around` is entered for
-    the whole run, `making` while the model is made.
+    the whole run, `making` while the model is made. `quantizes`: the model is quantized as it is read.
 
     `refuses` says why a work cannot be run. `not_compared` names phases that the ledger does not describe, with the
     reason; `workspace` gives for a phase the bytes of such workspaces at most, and its peak is not compared where they
@@ -109,6 +109,7 @@ class Builder:
     coded: Callable[[Any], Any] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     making: Callable[[], AbstractContextManager[Any]] = nullcontext
+    quantizes: bool = False
     refuses: Callable[[Work], str | None] = field(default=lambda work: None)
     not_compared: Mapping[str, str] = field(default_factory=dict)
     workspace: Mapping[str, tuple[Callable[[Work], int], str]] = field(default_factory=dict)

@@ -293,7 +293,8 @@ BUILDERS: dict[tuple[str, str], Builder] = {
     },
     **{
         (name, "peft" if kind == "foreach" else f"peft-{kind}"): all_together(
-            ADAMW, more=how, prepare=prepare, making=making, needs=("torch", *needs)
+            ADAMW, more=how, prepare=prepare, making=making, quantizes=making is not nullcontext,
+            needs=("torch", *needs),
         )
         for name, prepare, making, needs in (
             ("lora", peft_adapters, nullcontext, ("peft",)),
