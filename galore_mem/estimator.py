@@ -114,11 +114,15 @@ def check(
     convention: str,
     targets: tuple[str, ...] | None,
     hyperparameters: Mapping[str, int | float | str | None],
+    *,
+    traced: bool = False,
 ) -> None:
-    """Raises `InputError` for what no method can be asked about this model."""
+    """Raises `InputError` for what no method can be asked about this model. `traced`: of a run of the real model."""
     if convention not in ("implementation", "paper"):
         raise InputError(f"unknown convention {convention!r}; known: implementation, paper")
     check_targets(spec, targets)
+    if setup.use_cache and not traced:
+        raise InputError("keys and values in the model's output are not estimated; simulate --use-cache has them")
     check_hyperparameters(asked, hyperparameters)
     if setup.attention == "flash":
         check_flash(setup)
@@ -387,6 +391,7 @@ def setup_json(setup: Setup, targets: tuple[str, ...] | None, card: Gpu | None) 
         "layerwise": setup.layerwise,
         "keep_gradients": setup.keep_gradients,
         "keep_logits": setup.keep_logits,
+        "use_cache": setup.use_cache,
         "gradient_accumulation": setup.gradient_accumulation,
         "transformers": setup.transformers,
         "torch": setup.torch,

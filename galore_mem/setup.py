@@ -68,9 +68,10 @@ class Setup:
 
     The loop's defaults are those of the transformers Trainer: gradients are set to None after each step
     (`keep_gradients=False`; True zeroes them), the model's output is dropped before backward (`keep_logits="none"`),
-    no key/value cache, non-reentrant checkpointing. A loop whose variable `outputs` is deleted after `loss.backward()`
+    non-reentrant checkpointing, no key/value cache. A loop whose variable `outputs` is deleted after `loss.backward()`
     has `keep_logits="backward"`, one in which it lives until the step is over `"step"` (True; False is `"none"`), and
-    one that binds each output to the same name without deleting the one before `"next"`.
+    one that binds each output to the same name without deleting the one before `"next"`. `use_cache`, which a decoder's
+    config has on: the output then holds keys and values of each layer; `estimate` does not describe it.
 
     `device` decides what differs between allocators and kernels: on `cuda` sizes are rounded to blocks of
     512 bytes, cuBLAS workspaces are resident and torch's step counters stay on the host; on `cpu`
@@ -86,6 +87,7 @@ class Setup:
     layerwise: bool = False
     keep_gradients: bool = False
     keep_logits: str | bool = KEPT_LOGITS[0]
+    use_cache: bool = False
     gradient_accumulation: int = 1
     transformers: str = TRANSFORMERS[-1]
     torch: str = TORCH[0]
@@ -121,7 +123,8 @@ class Setup:
     def loop(self) -> str:
         """What the training loop leaves behind, in words."""
         gradients = "zeroed and kept" if self.keep_gradients else "None at the start"
-        return f"gradients are {gradients}; the model's output {HELD[str(self.keep_logits)]}"
+        cached = ", with keys and values," if self.use_cache else ""
+        return f"gradients are {gradients}; the model's output{cached} {HELD[str(self.keep_logits)]}"
 
     @property
     def granularity(self) -> int:

@@ -82,7 +82,8 @@ def result(*runs: Simulation, gpu: str | None = None, **setup: Any) -> SimulateR
     """An answer of these runs."""
     shown = {
         "recipe": "pure-bf16", "batch_size": 1, "seq_len": 64, "attention": "sdpa", "gradient_checkpointing": False,
-        "loss": "eager", "layerwise": False, "keep_gradients": False, "keep_logits": "none", "gradient_accumulation": 1,
+        "loss": "eager", "layerwise": False, "keep_gradients": False, "keep_logits": "none", "use_cache": False,
+        "gradient_accumulation": 1,
         "transformers": "5.23.0", "torch": "2.13.0", "device": "cuda", "target": None, "gpu": gpu, "allocator": "",
         "full": True, **setup,
     }  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 from simulate_runs import measured
 
+import galore_mem
 from galore_mem.errors import InputError
 from galore_mem.estimator import Case, budget
 from galore_mem.methods.registry import method
@@ -54,6 +55,20 @@ def test_what_the_loop_keeps(kept: str, zeroed: bool) -> None:
     for phase in ("forward", "backward", "step"):
         assert abs(said[phase] - real[phase]) <= SCALARS, (phase, said[phase], real[phase])
         assert abs(traced[phase] - real[phase]) <= SCALARS, (phase, traced[phase], real[phase])
+
+
+def test_keys_and_values_in_the_output() -> None:
+    """As a decoder's config has it: each layer's, 2 x 32 tokens x 2 heads x 16 numbers of 4 bytes each, which live as
+    long as the output."""
+    asked = case(device="cpu", keep_logits="step", use_cache=True)
+    row = builder("adamw", CODE)
+    _, real = measured(lambda meter: run_train(asked.work(), row, torch.device("cpu"), meter))
+    traced, without = simulated(asked), simulated(case(device="cpu", keep_logits="step"))
+    for phase in ("forward", "backward", "step"):
+        assert abs(traced[phase] - real[phase]) <= SCALARS, (phase, traced[phase], real[phase])
+    assert traced["step"] - without["step"] == 3 * 2 * (2 * 32 * 2 * 16 * 4)
+    with pytest.raises(InputError, match="simulate --use-cache has them"):
+        galore_mem.estimate("llama-60m", ["sgd"], setup=Setup(use_cache=True))
 
 
 def test_what_is_kept_is_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -125,7 +126,12 @@ def simulated(row: Row) -> Found:
     case = row.case
     given = dict(case.hyperparameters)
     (made,) = simulate(
-        case.model, [case.method.name], setup=case.setup, implementation=case.code.name, targets=case.targets, **given
+        case.model,
+        [case.method.name],
+        setup=replace(case.setup, use_cache=row.loop.use_cache),
+        implementation=case.code.name,
+        targets=case.targets,
+        **given,
     ).estimates
     phases = {phase.name: phase.allocated_bytes for phase in made.phases}
     stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes

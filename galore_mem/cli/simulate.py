@@ -62,6 +62,9 @@ def command(
     keep_gradients: KeepGradients = False,
     keep_logits: KeepLogits = False,
     keep_logits_until: KeepLogitsUntil = None,
+    use_cache: Annotated[
+        bool, typer.Option("--use-cache/--no-cache", help="Does the output hold keys and values, as configs have it?")
+    ] = False,
     warm_up: Annotated[
         int | None, typer.Option(help="Of module:function, steps before the one looked at. Default: 1.", min=0)
     ] = None,
@@ -116,6 +119,7 @@ def command(
         layerwise=layerwise,
         keep_gradients=keep_gradients,
         keep_logits=kept_logits(keep_logits, keep_logits_until),
+        use_cache=use_cache,
         transformers=transformers or modelled("transformers", TRANSFORMERS),
         torch=torch or modelled("torch", TORCH),
         gradient_accumulation=gradient_accumulation,

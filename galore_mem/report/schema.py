@@ -99,6 +99,7 @@ def _setup() -> dict[str, Schema]:
         "layerwise": FLAG,
         "keep_gradients": FLAG,
         "keep_logits": TEXT,
+        "use_cache": FLAG,
         "gradient_accumulation": INT,
         "transformers": TEXT,
         "torch": TEXT,
@@ -228,7 +229,7 @@ def _verify() -> Schema:
         predicted_bytes=or_null(BYTES),
         measured_bytes=or_null(BYTES),
     )
-    passes = {"batch_size": INT, "seq_len": INT, "gradient_checkpointing": FLAG, "keep_logits": TEXT}
+    passes = {"batch_size": INT, "seq_len": INT, "gradient_checkpointing": FLAG, "use_cache": FLAG}
     setup = object_of(
         recipe=TEXT,
         **{name: or_null(passes.get(name, TEXT)) for name in OF_PASSES},

@@ -18,7 +18,9 @@ from galore_mem.verify.paper import paper_state
 VERIFY_SCHEMA = "galore-mem.verify/1"
 FEW = 8  # cases that are shown in full
 # of a setup, what optimizer steps alone do not have
-OF_PASSES = ("batch_size", "seq_len", "attention", "gradient_checkpointing", "loss", "keep_logits", "transformers")
+OF_PASSES = (
+    "batch_size", "seq_len", "attention", "gradient_checkpointing", "loss", "keep_logits", "use_cache", "transformers",
+)  # fmt: skip
 
 
 def render(

@@ -79,7 +79,7 @@ def simulate(
             raise InputError(f"{asked.reference} brings its own optimizer; leave out the method and its options")
         return _own(asked, setup, target, 1 if warm_up is None else warm_up, begun, full=full)
     _check(setup, warm_up)
-    check(asked, setup, names, "implementation", chosen, hyperparameters)
+    check(asked, setup, names, "implementation", chosen, hyperparameters, traced=True)
     cases = [
         Case(asked, setup, found, code, chosen, given_for(found, hyperparameters), card=card)
         for found, code in select(names, implementation, "implementation", setup)

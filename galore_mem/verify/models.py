@@ -65,7 +65,7 @@ def transformers_model(work: Work, device: torch.device) -> torch.nn.Module:
     with device:
         model: torch.nn.Module = kind.from_config(config, dtype=fmt, attn_implementation=attention)
     model.train()
-    model.config.use_cache = False  # type: ignore[union-attr]  # a transformers model
+    model.config.use_cache = setup.use_cache  # type: ignore[union-attr]  # a transformers model
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # a transformers model
     return model
