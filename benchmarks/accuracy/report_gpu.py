@@ -153,8 +153,8 @@ def taken() -> str:
         "model that is not quantized (in bytes after the load, `model.to(device)` is exact on the T4, and "
         "`from_pretrained` with a device map on the A6000); that inputs and labels are one tensor; that "
         "torch-preflight's runs were in bfloat16, which torch says a T4 supports; and that they left the decoder's "
-        "`use_cache` as it is (`simulate --use-cache`). `estimate` has no option for the last: the bytes of keys and values "
-        "are added to it."
+        "`use_cache` as it is (`simulate --use-cache`). `estimate` has no option for the last: the bytes of keys and "
+        "values are added to it."
     )
 
 
