@@ -132,11 +132,8 @@ def confidence(predictor: str, setup: Setup, family: str | None, method: str, im
     a card does differently rests on PyTorch's sources and on the errors of other runs on GPUs; `apart`: only each with
     something else; `formula`: one of them, or how the setup trains, was never measured.
     """
-    rows = compared(predictor)
-    if setup.layerwise:  # no run of others' was
-        rows = tuple(row for row in rows if row.place == CPU or row.method != method)
     usual = _data().get("usual", {}).get(predictor, 0.0)
-    found = weighed(rows, usual, setup.device, family, method, implementation)
+    found = weighed(compared(predictor), usual, setup.device, family, method, implementation, layerwise=setup.layerwise)
     found = found._replace(band=max(found.band, LEAST), reserved_band=_data().get("usual_reserved", {}).get(predictor))
     unseen = [f"{name} {value}" for name, value in _ways(setup).items() if value not in _data()["ways"][name]]
     if not unseen:
@@ -151,16 +148,18 @@ def _ways(setup: Setup) -> dict[str, str]:
 
 
 def weighed(
-    rows: Iterable[Compared], usual: float, device: str, family: str | None, method: str, implementation: str
-) -> Confidence:
+    rows: Iterable[Compared], usual: float, device: str, family: str | None, method: str, implementation: str,
+    *, layerwise: bool = False,
+) -> Confidence:  # fmt: skip
     """The same from given comparisons, for a setup that was among them. `usual`: what 95 of 100 runs on GPUs stay
-    within; less is promised of none, for a run that happened to be exact says nothing of the next."""
+    within; less is promised of none, for a run that happened to be exact says nothing of the next. `layerwise`: as no
+    run on a GPU was."""
     rows = tuple(rows)
     cards = [row for row in rows if row.place != CPU] if device == "cuda" else []
     here = [row for row in rows if row.place == CPU]
     both = _with(lambda row: (row.family, row.method, row.implementation) == (family, method, implementation))
     on_card, on_cpu = both(cards), both(here)
-    if on_card:
+    if on_card and not layerwise:
         band = max(_worst(on_card), usual)
         return Confidence(GPU, band, f"{_runs(on_card)} of this family and method on {_places(on_card)}, by others")
     general = _worst(cards or here)

@@ -8,11 +8,11 @@ import pytest
 
 import galore_mem
 from galore_mem import evidence
-from galore_mem.estimator import between, fit
 from galore_mem.evidence import APART, ASSUMED, CPU, FORMULA, GPU, Compared, Confidence, Reserve, confidence, weighed
 from galore_mem.gpus import gpu
 from galore_mem.setup import Setup, recipe
 from galore_mem.units import GIB, MIB
+from galore_mem.verdict import between, fit
 
 # on a card: llama with LoRA off by up to 0.3 %, qwen2 with LoRA by 1 %, llama with AdamW by 0.1 %; here: llama with
 # GaLore by 0.2 %, bert with AdamW by 2 %
@@ -53,6 +53,12 @@ def test_classes_and_bands(
 ) -> None:
     found = weighed(ROWS, USUAL, device, family, method, implementation)
     assert (found.evidence, found.band) == expected
+
+
+def test_a_layerwise_update_was_measured_on_no_card() -> None:
+    """The band is that of the worst run on any card all the same."""
+    found = weighed(ROWS, USUAL, "cuda", "qwen2", "lora", "peft", layerwise=True)
+    assert (found.evidence, found.band) == (APART, 0.01)
 
 
 def test_what_is_said() -> None:
