@@ -18,11 +18,12 @@ from galore_mem.memory.phases import CUBLAS_WORKSPACES, Phases, Work, cublas_wor
 from galore_mem.methods.adamw_8bit import with_own_tables
 from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Implementation, Job, Method
 from galore_mem.methods.registry import METHODS, method
-from galore_mem.result import Estimate, EstimateResult, Fit, Phase, Unsupported
+from galore_mem.result import Estimate, EstimateResult, Phase, Unsupported
 from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec, check_targets, is_target
 from galore_mem.spec.resolve import resolve
 from galore_mem.units import format_bytes, round_up
+from galore_mem.verdict import fit
 
 GENERAL_NOT_COUNTED = (
     "fragmentation and the allocator's cache (reserved memory)",
@@ -273,23 +274,6 @@ def _confidence(case: Case, work: Work) -> Confidence | None:
     if case.convention == "paper":
         return None
     return confidence("estimate", work.setup, case.model.family, case.method.name, case.code.name)
-
-
-def fit(made: Estimate, card: Gpu) -> Fit:
-    """The verdict for a card. It fits where there is room for the upper end of the band with what allocators usually
-    reserve beyond it, and does not where there is none for the lower end."""
-    peak, outside = made.peak_allocated_bytes, made.outside_allocator_bytes
-    low, high = (made.confidence.low(peak), made.confidence.high(peak)) if made.confidence else (peak, peak)
-    usual = high if made.reserve is None else max(high, made.reserve.bytes(high)[1])
-    if made.peak_reserved_bytes is not None and made.confidence is not None:
-        usual = made.confidence.high_reserved(made.peak_reserved_bytes)
-    return Fit(card.name, card.capacity, card.capacity - made.device_bytes, between(low, usual, card, outside))
-
-
-def between(low: int, high: int, card: Gpu, outside: int) -> str:
-    """The verdict where the allocator needs from `low` to `high` bytes, beside those outside it."""
-    room = card.capacity - outside
-    return "does_not_fit" if low > room else "fits" if high <= room else "tight"
 
 
 def _phases(
