@@ -74,7 +74,7 @@ def answer(peer: str, asked: dict[str, Any]) -> dict[str, Any]:
             return dict(PEERS[peer](asked))
     except ValueError as error:  # how each of them says that it does not do this
         return {"refused": str(error)}
-    except Exception as error:
+    except Exception as error:  # of the peer's code: it is on record
         return {"failed": f"{type(error).__name__}: {error}"}
 
 

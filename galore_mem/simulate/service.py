@@ -186,7 +186,7 @@ def _traced(asked: UserStep, setup: Setup, warm_up: int) -> Traced:
             return trace_step(asked.build, setup, warm_up)
     except InputError as error:
         raise InputError(f"{asked.reference}: {error}") from error
-    except Exception as error:
+    except Exception as error:  # of the user's code
         raise asked.failed(error) from error
 
 

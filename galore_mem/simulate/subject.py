@@ -72,5 +72,5 @@ def of_any_family(keys: Mapping[str, Any], name: str, source: str) -> ModelSpec:
             return spec_of(known, name, source)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    except Exception as error:
+    except Exception as error:  # of whatever class a model's own code raises
         raise InputError(f"{source}: transformers cannot make this model: {last_line(error)}") from error
