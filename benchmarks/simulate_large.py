@@ -39,7 +39,7 @@ def simulated(model: str, method: str, implementation: str, given: dict[str, Any
     """A run of one of `LARGE`, in a process that does nothing else: bytes, seconds, and the process's memory at most.
     Imports of torch and transformers are not in its time."""
     from galore_mem.simulate.layers import trace_layers
-    from galore_mem.simulate.models import spec_of, work_of
+    from galore_mem.simulate.subjects.models import spec_of, work_of
     from galore_mem.verify.builders import builder
 
     start = time.perf_counter()

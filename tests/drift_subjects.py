@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from galore_mem.optim import GaLoreAdafactor, GaLoreAdamW
 from galore_mem.setup import TORCH, TRANSFORMERS, Setup, recipe
-from galore_mem.simulate.models import config_of, default_head
 from galore_mem.simulate.quiet import quiet
 from galore_mem.simulate.session import META, TraceMeter, trace
+from galore_mem.simulate.subjects.models import config_of, default_head
 from galore_mem.verify.predict import modelled
 
 BATCH, LENGTH = 2, 24

@@ -6,7 +6,7 @@ from typing import Any
 
 from galore_mem.memory.phases import Work
 from galore_mem.setup import Setup, recipe
-from galore_mem.simulate.models import spec_of, work_of
+from galore_mem.simulate.subjects.models import spec_of, work_of
 from galore_mem.verify.matrix import hyperparameters
 
 _SIZES = {

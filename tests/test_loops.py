@@ -14,8 +14,8 @@ from galore_mem.errors import InputError
 from galore_mem.estimator import Case, budget
 from galore_mem.methods.registry import method
 from galore_mem.setup import KEPT_LOGITS, RECIPES, TRANSFORMERS, Setup
-from galore_mem.simulate import versions
 from galore_mem.simulate.session import trace_work
+from galore_mem.simulate.subjects import versions
 from galore_mem.spec.config import model_from_config
 from galore_mem.verify.builders import builder
 from galore_mem.verify.workloads import run_train

@@ -12,7 +12,7 @@ from simulate_runs import Phase, events, phases
 from torch.nn import functional
 
 from galore_mem.setup import Setup, recipe
-from galore_mem.simulate import lapack
+from galore_mem.simulate.kernels import lapack
 from galore_mem.simulate.session import META, trace
 from galore_mem.verify.meters import CpuMeter, _happened
 

@@ -14,8 +14,8 @@ from galore_mem.memory.phases import CUBLAS_WORKSPACES, cublas_workspace
 from galore_mem.memory.reductions import CARDS, processors, scratch
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.addresses import DriverAddresses
+from galore_mem.simulate.kernels.sorting import sort_bytes
 from galore_mem.simulate.session import META, TraceMeter, trace, trace_work
-from galore_mem.simulate.sorting import sort_bytes
 from galore_mem.units import MIB
 from galore_mem.verify.builders import builder
 from galore_mem.verify.case import TRAIN, Case

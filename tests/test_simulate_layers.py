@@ -17,8 +17,8 @@ from galore_mem.methods.registry import method
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.depths import Pattern, cut, pattern
 from galore_mem.simulate.layers import WHOLE, from_config, trace_layers
-from galore_mem.simulate.models import work_of
 from galore_mem.simulate.repeat import Block, Part, Parts, Unlike, repeated
+from galore_mem.simulate.subjects.models import work_of
 from galore_mem.simulate.trace import Allocation, Mark, Trace
 from galore_mem.spec.resolve import resolve
 from galore_mem.verify.builders import builder

@@ -15,8 +15,8 @@ from galore_mem.errors import InputError
 from galore_mem.memory.tensor import OPTIMIZER_STATE, WEIGHTS
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.layers import trace_layers
-from galore_mem.simulate.models import spec_of, stack_of, with_layers
 from galore_mem.simulate.session import META, Traced, run_step, trace_step, trace_work
+from galore_mem.simulate.subjects.models import spec_of, stack_of, with_layers
 from galore_mem.verify.builders import builder
 from galore_mem.verify.workloads import Measured, run_train
 
@@ -70,7 +70,7 @@ def test_every_family_is_built_and_cut(family: str) -> None:
 
 
 def nn_of(run: Any) -> nn.Module:
-    from galore_mem.simulate.models import built
+    from galore_mem.simulate.subjects.models import built
 
     return built(run)
 

@@ -102,7 +102,7 @@ class Trained:
         return hyperparameters(self.method, {"rank": RANK})
 
     def spec(self) -> ModelSpec:
-        from galore_mem.simulate.models import spec_of
+        from galore_mem.simulate.subjects.models import spec_of
 
         given = config(self.model, self.size)
         return model_from_config(given, self.model, "benchmark") if self.family in FAMILIES else spec_of(
@@ -111,7 +111,7 @@ class Trained:
 
     def work(self) -> Work:
         """As `simulate` and the real run see it."""
-        from galore_mem.simulate.models import work_of
+        from galore_mem.simulate.subjects.models import work_of
 
         return work_of(self.spec(), self.setup(), self.method, self.implementation, self.hyperparameters())
 

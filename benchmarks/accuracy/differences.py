@@ -76,8 +76,8 @@ def estimated(work: Work) -> tuple[dict[str, Counter[int]], int]:
 def differences(work: Work, row: Any) -> dict[str, list[list[Any]]]:
     """Of the model with three layers, by phase: (what it is, bytes that only the simulation has, or, negative, that
     only the estimate has). `row`: the optimizer's builder."""
-    from galore_mem.simulate.models import with_layers
     from galore_mem.simulate.session import trace_work
+    from galore_mem.simulate.subjects.models import with_layers
 
     work = work._replace(model=with_layers(work.model, range(min(SHALLOW, work.model.num_layers))))
     trace = trace_work(work, row).trace

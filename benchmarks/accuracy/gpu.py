@@ -179,8 +179,8 @@ def residents(trace: Trace) -> dict[str, int]:
 
 
 def traced(row: Row) -> Trace:
-    from galore_mem.simulate.models import work_of
     from galore_mem.simulate.session import trace
+    from galore_mem.simulate.subjects.models import work_of
     from galore_mem.verify.builders import Unsupported, builder
     from galore_mem.verify.case import TRAIN
 
@@ -223,7 +223,7 @@ def _encoder(row: Row, meter: Any) -> None:
     import torch
     from transformers import AutoModel
 
-    from galore_mem.simulate.models import config_of
+    from galore_mem.simulate.subjects.models import config_of
 
     given = row.config or (row.spec.config if row.spec else {})
     kept = {name: value for name, value in given.items() if name != "architectures"}

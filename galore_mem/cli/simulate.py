@@ -105,7 +105,7 @@ def command(
     from galore_mem.setup import TORCH, TRANSFORMERS, Setup
     from galore_mem.setup import recipe as find_recipe
     from galore_mem.simulate import simulate
-    from galore_mem.simulate.subject import default_length, is_own, subject
+    from galore_mem.simulate.subjects.subject import default_length, is_own, subject
     from galore_mem.verify.predict import modelled
 
     asked = subject(model)

@@ -16,7 +16,7 @@ from galore_mem.allocator.events import Alloc, Event, Free
 from galore_mem.simulate import loads
 from galore_mem.simulate.result import FIRST, LOAD
 from galore_mem.simulate.trace import Allocation, Mark, Trace
-from galore_mem.simulate.tracer import WORKSPACE
+from galore_mem.simulate.tracing.tracer import WORKSPACE
 from galore_mem.verify.workloads import BETWEEN, WARM
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "step"  # the parts of a step

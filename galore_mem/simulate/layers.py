@@ -14,9 +14,9 @@ from galore_mem.memory.phases import Work
 from galore_mem.methods.registry import method
 from galore_mem.setup import Setup
 from galore_mem.simulate.depths import Pattern, pattern
-from galore_mem.simulate.models import Stack, built, spec_of, stack_of, with_layers, work_of
 from galore_mem.simulate.repeat import LAYER, Affine, Unlike, repeated
 from galore_mem.simulate.session import Told, Traced, trace_work
+from galore_mem.simulate.subjects.models import Stack, built, spec_of, stack_of, with_layers, work_of
 from galore_mem.verify.builders import Builder, Request, builder
 from galore_mem.verify.workloads import BETWEEN, Measured
 

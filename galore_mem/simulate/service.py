@@ -14,17 +14,18 @@ from galore_mem.evidence import OWN, confidence
 from galore_mem.gpus import gpu as find_gpu
 from galore_mem.result import Unsupported
 from galore_mem.setup import Setup
-from galore_mem.simulate import told, versions
+from galore_mem.simulate import told
 from galore_mem.simulate.device import LINUX, PLATFORMS
 from galore_mem.simulate.history import Read
 from galore_mem.simulate.layers import trace_layers
-from galore_mem.simulate.load import UserStep
-from galore_mem.simulate.models import work_of
 from galore_mem.simulate.outcome import Target, completed
 from galore_mem.simulate.quiet import last_line, quiet
 from galore_mem.simulate.result import DECIDED, SimulateResult, Simulation
 from galore_mem.simulate.session import Traced, trace_step
-from galore_mem.simulate.subject import default_length, subject
+from galore_mem.simulate.subjects import versions
+from galore_mem.simulate.subjects.load import UserStep
+from galore_mem.simulate.subjects.models import work_of
+from galore_mem.simulate.subjects.subject import default_length, subject
 from galore_mem.spec.model import ModelSpec
 from galore_mem.verify.builders import Unsupported as CannotRun
 from galore_mem.verify.builders import builder

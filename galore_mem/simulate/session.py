@@ -21,15 +21,15 @@ from galore_mem.memory.phases import Work
 from galore_mem.memory.tensor import ACTIVATIONS, OPTIMIZER_STATE, TEMPORARIES, WEIGHTS
 from galore_mem.methods.base import Trained
 from galore_mem.setup import Setup
-from galore_mem.simulate import branches
-from galore_mem.simulate.modules import Modules
 from galore_mem.simulate.outputs import Called, Loss
-from galore_mem.simulate.patches import patched
-from galore_mem.simulate.questions import refused
+from galore_mem.simulate.subjects.versions import as_released
 from galore_mem.simulate.trace import Trace
-from galore_mem.simulate.tracer import Tracer
-from galore_mem.simulate.values import Assumed
-from galore_mem.simulate.versions import as_released
+from galore_mem.simulate.tracing import branches
+from galore_mem.simulate.tracing.modules import Modules
+from galore_mem.simulate.tracing.patches import patched
+from galore_mem.simulate.tracing.questions import refused
+from galore_mem.simulate.tracing.tracer import Tracer
+from galore_mem.simulate.tracing.values import Assumed
 from galore_mem.spec.model import Role
 from galore_mem.verify.builders import Builder, Member
 from galore_mem.verify.residents import tensors, total

@@ -13,8 +13,8 @@ from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.memory.phases import Work
 from galore_mem.setup import TORCH, TRANSFORMERS, Setup
 from galore_mem.simulate.session import Traced
-from galore_mem.simulate.tracer import WORKSPACE
-from galore_mem.simulate.values import Assumed
+from galore_mem.simulate.tracing.tracer import WORKSPACE
+from galore_mem.simulate.tracing.values import Assumed
 from galore_mem.units import format_bytes
 from galore_mem.verify.builders import GAP, Builder
 from galore_mem.verify.predict import modelled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_mem.setup import Setup
-from galore_mem.simulate import autocasting
+from galore_mem.simulate.tracing import autocasting
 
 OPTIMIZERS = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides its submodule's name
 

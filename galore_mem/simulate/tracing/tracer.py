@@ -18,13 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from galore_mem.memory.phases import cublas_workspace
 from galore_mem.memory.tensor import ACTIVATIONS, GRADIENTS, TEMPORARIES, WEIGHTS
 from galore_mem.setup import Setup
-from galore_mem.simulate import kernels_cpu, kernels_cuda
-from galore_mem.simulate.accumulate import in_place, sole
-from galore_mem.simulate.kernels import RESULTS, Program
-from galore_mem.simulate.memo import Memo, flat
-from galore_mem.simulate.modules import Modules
+from galore_mem.simulate.kernels import RESULTS, Program, cpu, cuda
 from galore_mem.simulate.trace import Allocation, Mark, Trace
-from galore_mem.simulate.values import Assumed, assumed
+from galore_mem.simulate.tracing.accumulate import in_place, sole
+from galore_mem.simulate.tracing.memo import Memo, flat
+from galore_mem.simulate.tracing.modules import Modules
+from galore_mem.simulate.tracing.values import Assumed, assumed
 
 aten = torch.ops.aten
 NO_CODE = torch._C._disabled_torch_dispatch_impl  # of tensors that are not made of others
@@ -54,7 +53,7 @@ class Tracer(TorchDispatchMode):
         self._modules = modules
         self._setup = setup
         self._on_host = setup.device == "cpu"  # are tensors in host memory on the device?
-        table = kernels_cpu if setup.device == "cpu" else kernels_cuda
+        table = cpu if setup.device == "cpu" else cuda
         self._rule, self._order, self._composed, self._cublas = table.rule, table.ORDER, table.COMPOSED, table.CUBLAS
         self._with_workspace: set[bool] = set()  # threads that have one: is it autograd's?
         self._memo = Memo(self._program, table.RUN)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_mem.simulate import lapack
-from galore_mem.simulate.kernels import RESULTS, Program, Rule, changes_only, grouped_mm, nbytes, safe_softmax
+from galore_mem.simulate.kernels import RESULTS, Program, Rule, changes_only, grouped_mm, lapack, nbytes, safe_softmax
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)

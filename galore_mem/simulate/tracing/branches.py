@@ -18,8 +18,8 @@ from torch import Tensor
 from galore_mem.memory.attention import sdpa_kernel
 from galore_mem.memory.blocks import TORCH
 from galore_mem.setup import Setup
-from galore_mem.simulate.autocasting import LOWER, WIDE, WIDE_RESULT, WIDEST, enabled, policy, takes
 from galore_mem.simulate.kernels import Recorder
+from galore_mem.simulate.tracing.autocasting import LOWER, WIDE, WIDE_RESULT, WIDEST, enabled, policy, takes
 
 aten = torch.ops.aten
 KEY = "AutocastIPU"

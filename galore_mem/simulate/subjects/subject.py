@@ -10,9 +10,9 @@ from galore_mem.errors import InputError
 from galore_mem.estimator import default_seq_len
 from galore_mem.families import FAMILIES
 from galore_mem.setup import Setup
-from galore_mem.simulate.load import UserStep, is_reference, load
-from galore_mem.simulate.models import spec_of
 from galore_mem.simulate.quiet import last_line, quiet
+from galore_mem.simulate.subjects.load import UserStep, is_reference, load
+from galore_mem.simulate.subjects.models import spec_of
 from galore_mem.spec.files import is_file, is_folder, read_object, shown_path, status
 from galore_mem.spec.hub import cached_folder, is_repo_id
 from galore_mem.spec.model import ModelSpec

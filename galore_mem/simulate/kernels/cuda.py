@@ -8,9 +8,20 @@ from typing import Any
 import torch
 
 from galore_mem.memory import attention
-from galore_mem.simulate import branches, nf4, sorting
-from galore_mem.simulate.kernels import RESULTS, Program, Recorder, Rule, changes_only, grouped_mm, nbytes, safe_softmax
-from galore_mem.simulate.reductions import number, pair, reduce, same, truth
+from galore_mem.simulate.kernels import (
+    RESULTS,
+    Program,
+    Recorder,
+    Rule,
+    changes_only,
+    grouped_mm,
+    nbytes,
+    nf4,
+    safe_softmax,
+    sorting,
+)
+from galore_mem.simulate.kernels.reductions import number, pair, reduce, same, truth
+from galore_mem.simulate.tracing import branches
 from galore_mem.units import round_up
 
 aten = torch.ops.aten

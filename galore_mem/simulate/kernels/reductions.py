@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from galore_mem.memory.reductions import launches
-from galore_mem.simulate import branches
 from galore_mem.simulate.kernels import RESULTS, Program, Rule
+from galore_mem.simulate.tracing import branches
 
 HALF = (torch.float16, torch.bfloat16)
 
