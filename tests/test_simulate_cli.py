@@ -105,6 +105,8 @@ def test_a_step_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--platform", "os2"], "unknown platform 'os2'; known: linux, windows"),
         (["--timeline", "run.pdf"], "unknown kind of picture"),
         (["--snapshot", "run.pickle"], "name one method"),
+        (["--points", "20"], "give --format json too"),
+        (["--free-logits", "--keep-logits-until", "step"], "contradict each other"),
         (["--method", "sgd", "--rank", "0"], "rank"),
         (["--method", "no-such"], "unknown method"),
     ],

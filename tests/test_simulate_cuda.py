@@ -190,6 +190,20 @@ def test_numbers_that_become_tensors_take_a_block() -> None:
     assert taken(program) == [8, 8, 8, 12]
 
 
+@pytest.mark.parametrize(("device", "nbytes"), [("cuda", 400), ("cpu", 800)])
+def test_a_program_that_asks_is_told_the_device(device: str, nbytes: int) -> None:
+    """As optimizers do that have a way for CUDA and one for the CPU. Afterwards tensors answer for themselves again."""
+
+    def program(meter: TraceMeter) -> None:
+        t = torch.nn.Parameter(torch.empty(10, device=META))
+        meter.enter("here")
+        torch.empty(100 if t.is_cuda else 200 if t.is_cpu else 300, device=META)
+
+    assert taken(program, Setup(recipe("fp32"), device=device)) == [nbytes]
+    assert torch.empty(1).is_cpu
+    assert not torch.empty(1, device=META).is_cuda
+
+
 # -- products of groups, and of codes ---------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def command(
     hyperparameter: Hyperparameters = None,
     gradient_accumulation: Accumulation = 1,
     keep_gradients: KeepGradients = False,
-    keep_logits: KeepLogits = False,
+    keep_logits: KeepLogits = None,
     keep_logits_until: KeepLogitsUntil = None,
     transformers: Transformers = None,
     torch: Torch = None,

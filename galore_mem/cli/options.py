@@ -43,9 +43,11 @@ KeepGradients = Annotated[
     bool, typer.Option("--keep-gradients/--free-gradients", help="Between steps: zeroed, or set to None.")
 ]
 KeepLogits = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--keep-logits/--free-logits", help="Does the loop hold the model's output through backward and step?"
+        "--keep-logits/--free-logits",
+        help="Does the loop hold the model's output through backward and step?",
+        show_default="free-logits",
     ),
 ]
 KeepLogitsUntil = Annotated[
@@ -72,9 +74,11 @@ Reserved = Annotated[
 ]
 
 
-def kept_logits(keep: bool, until: str | None) -> str | bool:
-    """The setup's `keep_logits`. To say until when is to say that it is held."""
-    return until or keep
+def kept_logits(keep: bool | None, until: str | None) -> str | bool:
+    """The setup's `keep_logits`. To say until when is to say that it is held. Raises `InputError`."""
+    if until and keep is False:
+        raise InputError("--free-logits and --keep-logits-until contradict each other; give one of them")
+    return until or bool(keep)
 
 
 def assignments(texts: list[str], **given: int | None) -> dict[str, Any]:

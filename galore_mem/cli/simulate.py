@@ -35,6 +35,7 @@ from galore_mem.cli.options import (
 )
 from galore_mem.cli.output import check_format, check_output, dump_json, write
 from galore_mem.cli.progress import progress
+from galore_mem.errors import InputError
 
 
 def command(
@@ -60,7 +61,7 @@ def command(
     hyperparameter: Hyperparameters = None,
     gradient_accumulation: Accumulation = 1,
     keep_gradients: KeepGradients = False,
-    keep_logits: KeepLogits = False,
+    keep_logits: KeepLogits = None,
     keep_logits_until: KeepLogitsUntil = None,
     use_cache: Annotated[
         bool, typer.Option("--use-cache/--no-cache", help="Does the output hold keys and values, as configs have it?")
@@ -101,6 +102,8 @@ def command(
     """
     check_format(format)
     check_output(output)
+    if points is not None and format != "json":
+        raise InputError("--points is the timeline in numbers; give --format json too")
     from galore_mem.report.simulate_files import Files
     from galore_mem.setup import TORCH, TRANSFORMERS, Setup
     from galore_mem.setup import recipe as find_recipe

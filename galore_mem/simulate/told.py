@@ -22,7 +22,7 @@ from galore_mem.verify.predict import modelled
 NOT_COUNTED = (
     "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor (quantized: as read)",
     "scratch of kernels that no table here has: cuDNN's convolutions, cuSOLVER's drivers, custom CUDA kernels",
-    "what a program does only where it is told that a tensor is on CUDA (is_cuda, device.type): here it is told no",
+    "what a program does only where a tensor's device.type is cuda: here it is meta (is_cuda is answered as there)",
     *GENERAL_NOT_COUNTED[1:],
 )
 KERNELS = {

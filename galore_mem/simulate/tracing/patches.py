@@ -34,6 +34,7 @@ def patched(setup: Setup, follow: Callable[[Tensor, str], None]) -> Iterator[Non
         stack.enter_context(patch.object(torch, "Generator", _on_host(torch.Generator)))
         for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor")):
             stack.enter_context(patch.object(owner, name, _followed(getattr(owner, name), follow)))
+        stack.enter_context(patch.object(Tensor, f"is_{setup.device}", property(lambda t: t.is_meta)))
         if setup.device == "cpu":
             stack.enter_context(patch.object(torch, "get_rng_state", _followed(torch.get_rng_state, follow)))
             stack.enter_context(patch.object(torch.random, "fork_rng", _forked(torch.random.fork_rng)))
