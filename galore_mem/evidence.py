@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ CLASSES = {
     APART: "the family and the method, each with others",
     FORMULA: "the family, the method or the way to train never was; the band is assumed",
 }  # fmt: skip
+NOTHING: dict[str, tuple[str, ...]] = {GPU: (), CPU: ()}
 FOLLOWED = "estimate --reserved"
 OWN = "module:function"  # family, method and implementation of a training step that is not ours
 ASSUMED = 0.05  # the band where nothing was measured: an assumption, and said to be one
@@ -133,37 +134,43 @@ def confidence(predictor: str, setup: Setup, family: str | None, method: str, im
     something else; `formula`: one of them, or how the setup trains, was never measured.
     """
     usual = _data().get("usual", {}).get(predictor, 0.0)
-    found = weighed(compared(predictor), usual, setup.device, family, method, implementation, layerwise=setup.layerwise)
+    unseen = {place: [way for way in ways(setup) if way not in _data()["ways"][place]] for place in (GPU, CPU)}
+    found = weighed(compared(predictor), usual, setup.device, family, method, implementation, unseen)
     found = found._replace(band=max(found.band, LEAST), reserved_band=_data().get("usual_reserved", {}).get(predictor))
-    unseen = [f"{name} {value}" for name, value in _ways(setup).items() if value not in _data()["ways"][name]]
-    if not unseen:
+    nowhere = [way for way in unseen[GPU] if way in unseen[CPU]]
+    if not nowhere:
         return found
-    text = f"nothing with {', '.join(unseen)} was measured; {BY_GUESS}"
+    text = f"nothing with {', '.join(nowhere)} was measured; {BY_GUESS}"
     return found._replace(evidence=FORMULA, band=max(found.band, ASSUMED), text=text)
 
 
-def _ways(setup: Setup) -> dict[str, str]:
+def ways(setup: Setup) -> tuple[str, ...]:
     """Of a setup, what decides which operations run."""
-    return {"recipe": setup.recipe.name, "attention": setup.attention, "loss": setup.loss}
+    switches = {
+        "gradient checkpointing": setup.gradient_checkpointing, "a layer-wise update": setup.layerwise,
+        "gradient accumulation": setup.gradient_accumulation > 1, "keys and values": setup.use_cache,
+    }  # fmt: skip
+    named = (f"recipe {setup.recipe.name}", f"attention {setup.attention}", f"loss {setup.loss}")
+    return *named, *(way for way, on in switches.items() if on)
 
 
 def weighed(
     rows: Iterable[Compared], usual: float, device: str, family: str | None, method: str, implementation: str,
-    *, layerwise: bool = False,
+    unseen: Mapping[str, Sequence[str]] = NOTHING,
 ) -> Confidence:  # fmt: skip
-    """The same from given comparisons, for a setup that was among them. `usual`: what 95 of 100 runs on GPUs stay
-    within; less is promised of none, for a run that happened to be exact says nothing of the next. `layerwise`: as no
-    run on a GPU was."""
+    """The same from given comparisons. `usual`: what 95 of 100 runs on GPUs stay within; less is promised of none, for
+    a run that happened to be exact says nothing of the next. `unseen`: how the setup trains as no run on a GPU, or on
+    the CPU, did."""
     rows = tuple(rows)
     cards = [row for row in rows if row.place != CPU] if device == "cuda" else []
     here = [row for row in rows if row.place == CPU]
     both = _with(lambda row: (row.family, row.method, row.implementation) == (family, method, implementation))
     on_card, on_cpu = both(cards), both(here)
-    if on_card and not layerwise:
+    if on_card and not unseen[GPU]:
         band = max(_worst(on_card), usual)
         return Confidence(GPU, band, f"{_runs(on_card)} of this family and method on {_places(on_card)}, by others")
     general = _worst(cards or here)
-    if on_cpu:
+    if on_cpu and not unseen[CPU]:
         band = max(_worst(on_cpu), general if device == "cuda" else 0.0)
         behind = f"; the band is the largest error of {_runs(cards)} of others on GPUs" if cards else ""
         return Confidence(CPU, band, f"{_runs(on_cpu)} of this family and method on the CPU{behind}")
@@ -172,7 +179,9 @@ def weighed(
     if by_method and by_family:
         band = max(general, _worst([*by_method, *by_family]))
         text = f"{_runs(by_family)} of the family with other methods, {_runs(by_method)} of the method elsewhere"
-        return Confidence(APART, band, f"{text}; the band is the largest error of any")
+        apart = dict.fromkeys([*unseen[GPU], *unseen[CPU]]) if on_card or on_cpu else ()
+        other = f", {' and '.join(apart)} elsewhere" if apart else ""
+        return Confidence(APART, band, f"{text}{other}; the band is the largest error of any")
     missing = " and ".join([*["this family"] * (not by_family), *["this method"] * (not by_method)])
     return Confidence(FORMULA, max(general, ASSUMED), f"nothing of {missing} was measured; {BY_GUESS}")
 

@@ -141,7 +141,10 @@ def test_what_the_package_carries(suite: Any, tmp_path: Path) -> None:
         ["t4", "llama", "adamw", "torch-foreach", 1, 0.003, 0.003],
     ]
     assert [row[:2] for row in found["errors"]["simulate"]] == [["cpu", "bert"], ["cpu", "llama"], ["t4", "llama"]]
-    assert found["ways"] == {"recipe": ["fp32"], "attention": ["eager", "sdpa"], "loss": ["eager"]}
+    assert found["ways"] == {
+        "gpu": ["attention sdpa", "loss eager", "recipe fp32"],
+        "cpu": ["attention eager", "attention sdpa", "loss eager", "recipe fp32"],
+    }
     assert found["reserved"] == {"sdpa": [1, 1.5, 1.5, 1.5]}
 
 

@@ -55,10 +55,20 @@ def test_classes_and_bands(
     assert (found.evidence, found.band) == expected
 
 
-def test_a_layerwise_update_was_measured_on_no_card() -> None:
+def test_a_way_to_train_that_was_measured_on_no_card() -> None:
     """The band is that of the worst run on any card all the same."""
-    found = weighed(ROWS, USUAL, "cuda", "qwen2", "lora", "peft", layerwise=True)
+    layerwise = {GPU: ("a layer-wise update",), CPU: ()}
+    found = weighed(ROWS, USUAL, "cuda", "qwen2", "lora", "peft", layerwise)
     assert (found.evidence, found.band) == (APART, 0.01)
+    assert "a layer-wise update elsewhere" in found.text
+    on_cpu = weighed(ROWS, USUAL, "cuda", "llama", "galore", "galore-mem", layerwise)
+    assert (on_cpu.evidence, on_cpu.band) == (CPU, 0.01)
+
+
+def test_a_way_to_train_that_was_measured_on_no_cpu() -> None:
+    """Bert with AdamW was, on the CPU, but not so; the worst of all runs of either."""
+    found = weighed(ROWS, USUAL, "cuda", "bert", "adamw", "torch-foreach", {GPU: (), CPU: ("recipe pure-fp16",)})
+    assert (found.evidence, found.band) == (APART, 0.02)
 
 
 def test_what_is_said() -> None:
@@ -84,6 +94,15 @@ def test_a_way_of_training_that_was_never_measured() -> None:
     assert usual.evidence in (GPU, CPU)
     assert (chunked.evidence, chunked.band) == (FORMULA, ASSUMED)
     assert chunked.text == "nothing with loss chunked was measured; the band is assumed"
+
+
+def test_what_decides_how_a_model_is_trained() -> None:
+    assert evidence.ways(Setup(recipe("fp32"), gradient_accumulation=2)) == (
+        "recipe fp32", "attention sdpa", "loss eager", "gradient accumulation",
+    )  # fmt: skip
+    assert evidence.ways(Setup(gradient_checkpointing=True, layerwise=True, use_cache=True))[3:] == (
+        "gradient checkpointing", "a layer-wise update", "keys and values",
+    )  # fmt: skip
 
 
 def test_the_band_in_bytes() -> None:
@@ -148,6 +167,9 @@ def test_the_packages_own_rows(predictor: str) -> None:
     # what everyone asks about was measured, on both sides
     assert confidence(predictor, Setup(), "llama", "lora", "peft").evidence == GPU
     assert confidence(predictor, Setup(), "llama", "galore-mini", "galore-mem").evidence == CPU
+    # a layer-wise update and accumulation were on the CPU alone
+    assert confidence(predictor, Setup(layerwise=True), "llama", "adamw", "torch-foreach").evidence == CPU
+    assert confidence(predictor, Setup(gradient_accumulation=4), "llama", "adamw", "torch-foreach").evidence == CPU
     for attention in ("sdpa", "eager"):
         found = evidence.reserve(attention)
         assert found is not None

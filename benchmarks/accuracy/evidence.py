@@ -12,7 +12,14 @@ from typing import Any
 from record import Line
 
 PREDICTORS = ("estimate", "estimate --reserved", "simulate")
-WAYS = {"recipe": "fp32", "attention": "sdpa", "loss": "eager"}  # with what a case has that does not say
+WAYS = {
+    "attention": "sdpa",
+    "loss": "eager",
+    "gradient_checkpointing": False,
+    "layerwise": False,
+    "gradient_accumulation": 1,
+    "use_cache": False,
+}  # what decides which operations run, and with what a case has that does not say
 DIGITS = 6
 
 
@@ -25,7 +32,7 @@ def write(path: Path, lines: Iterable[Line], verified: Path) -> None:
             "errors": {name: errors(found, name) for name in PREDICTORS},
             "usual": {name: high(abs(error) for one, error in off(found, name) if "gpu" in one) for name in PREDICTORS},
             "usual_reserved": {name: high(reserved_off(found, name)) for name in PREDICTORS[1:]},
-            "ways": {way: sorted({of(one, way) for one in found}) for way in WAYS},
+            "ways": seen(found),
             "reserved": reserved(found),
         },
         indent=1,
@@ -48,8 +55,21 @@ def trained(record: Path) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def of(found: Mapping[str, Any], way: str) -> str:
-    return str(found.get(way) or found.get("options", {}).get(way) or WAYS[way])
+def of(found: Mapping[str, Any], way: str) -> Any:
+    return found.get(way) or found.get("options", {}).get(way) or WAYS[way]
+
+
+def seen(found: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """How models were trained where they were measured, in the package's words."""
+    from galore_mem.evidence import CPU, GPU, ways
+    from galore_mem.setup import Setup, recipe
+
+    places: dict[str, set[str]] = {GPU: set(), CPU: set()}
+    for one in found:
+        name = one.get("recipe") or one.get("options", {}).get("recipe") or "fp32"
+        setup = Setup(recipe(name), seq_len=1, **{way: of(one, way) for way in WAYS})
+        places[GPU if "gpu" in one else CPU].update(ways(setup))
+    return {place: sorted(of_place) for place, of_place in places.items()}
 
 
 def errors(found: Iterable[Mapping[str, Any]], predictor: str) -> list[list[Any]]:

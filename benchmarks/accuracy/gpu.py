@@ -39,6 +39,7 @@ def run(row: Row) -> Found:
         "method": row.told["method"] if row.trains else row.told["mode"],
         "implementation": row.implementation if row.trains else "no optimizer",
         "recipe": row.recipe, "attention": row.setup.attention, "outside": card.context,
+        "options": {"gradient_checkpointing": row.setup.gradient_checkpointing, "use_cache": row.loop.use_cache},
         "measured": measured(row), "not": {},
         "by_hand": ["estimate", "estimate --reserved"] if row.loop.use_cache and not row.headless else [],
     }  # fmt: skip
