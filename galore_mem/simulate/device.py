@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from galore_mem.allocator.device import Addresses, AscendingAddresses, Device
 from galore_mem.allocator.events import Alloc, EmptyCache, Event, Free
@@ -13,24 +12,12 @@ from galore_mem.allocator.events import Mark as Begins
 from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.replay import ReplayResult, replay
 from galore_mem.allocator.settings import AllocatorSettings
-from galore_mem.memory.tensor import CATEGORIES
 from galore_mem.simulate.addresses import DriverAddresses
-from galore_mem.simulate.trace import Bytes, Trace
+from galore_mem.simulate.trace import Moment, Trace
 
 LINUX = "linux"
 # how the card's driver hands out addresses, which decide between free blocks of one size (docs/recordings.md)
 PLATFORMS: dict[str, type[Addresses]] = {LINUX: DriverAddresses, "windows": AscendingAddresses}
-
-
-class Highest(NamedTuple):
-    """The highest moment of a phase, after event number `at`: live bytes by category, in the allocator's blocks."""
-
-    at: int
-    live: Bytes
-
-    @property
-    def total(self) -> int:
-        return sum(self.live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +33,12 @@ class Run:
     platform: str = LINUX
 
     def moments(self) -> Iterator[tuple[int, str, list[int]]]:
-        """(number of the event before, phase, live bytes by category) where each phase begins and after each event.
-        The list is the same one, changed."""
-        live = [0] * len(CATEGORIES)
-        phases = iter(self.trace.marks)
-        phase, upcoming = "", next(phases, None)
-        for at, event in enumerate(self.trace.events):
-            while upcoming is not None and upcoming.at == at:
-                phase, upcoming = upcoming.phase, next(phases, None)
-                yield at - 1, phase, live
-            index = max(event, ~event)
-            size = self.blocks[index]
-            live[self.trace.allocations[index].category] += size if event >= 0 else -size
-            yield at, phase, live
+        """(number of the event before, phase, live bytes by category), as of the trace, in the allocator's blocks."""
+        return self.trace.moments(self.blocks)
 
-    def highest(self) -> dict[str, Highest]:
+    def highest(self) -> dict[str, Moment]:
         """The highest moment of each phase, the first of equal ones."""
-        found: dict[str, Highest] = {}
-        for at, phase, live in self.moments():
-            total = sum(live)
-            if phase not in found or total > found[phase].total:
-                found[phase] = Highest(at, (live[0], live[1], live[2], live[3], live[4]))
-        return found
+        return self.trace.peaks(self.blocks)
 
     def most_reserved(self) -> dict[str, int]:
         """The most that was reserved in each phase; nothing on the CPU."""

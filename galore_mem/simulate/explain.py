@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
+from galore_mem.memory.tape import Bytes
 from galore_mem.memory.tensor import CATEGORIES
 from galore_mem.simulate.device import Run
 from galore_mem.simulate.repeat import LAYER
 from galore_mem.simulate.result import Live, Peak, Place, Timeline
-from galore_mem.simulate.trace import Bytes, Trace
+from galore_mem.simulate.trace import Trace
 
 POINTS = 1200  # of a timeline
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from galore_mem.memory.tape import Bytes
 from galore_mem.memory.tensor import CATEGORIES, TEMPORARIES
 from galore_mem.units import round_up
-
-Bytes = tuple[int, int, int, int, int]  # by category, in the order of CATEGORIES
 
 
 @dataclass(slots=True)
@@ -43,7 +42,8 @@ class Mark(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """The highest moment of a phase: the event (its number) after which it is, and the live bytes by category."""
+    """The highest moment of a phase: the event (its number) after which it is, and the live bytes by category, in the
+    allocator's blocks."""
 
     at: int
     live: Bytes
@@ -68,31 +68,32 @@ class Trace:
         """Bytes of an allocation in the allocator's blocks."""
         return round_up(self.allocations[index].nbytes, self.granularity)
 
-    def peaks(self) -> dict[str, Moment]:
-        """The highest moment of each phase; a phase that is entered again has its highest of all."""
+    def moments(self, blocks: Mapping[int, int] | None = None) -> Iterator[tuple[int, str, list[int]]]:
+        """(number of the event before, phase, live bytes by category) where each phase begins and after each event.
+        The list is the same one, changed. `blocks`: the bytes that each allocation took, by its number."""
+        live = [0] * len(CATEGORIES)
+        phases = iter(self.marks)
+        phase, upcoming = "", next(phases, None)
+        for at, event in enumerate(self.events):
+            while upcoming is not None and upcoming.at == at:
+                phase, upcoming = upcoming.phase, next(phases, None)
+                yield at - 1, phase, live
+            index = max(event, ~event)
+            size = self.nbytes(index) if blocks is None else blocks[index]
+            live[self.allocations[index].category] += size if event >= 0 else -size
+            yield at, phase, live
+
+    def peaks(self, blocks: Mapping[int, int] | None = None) -> dict[str, Moment]:
+        """The highest moment of each phase, the first of equal ones; a phase that is entered again has its highest of
+        all."""
         found: dict[str, Moment] = {}
-        for phase, at, live in self._moments():
-            if phase not in found or sum(live) > found[phase].total:
+        highest: dict[str, int] = {}
+        for at, phase, live in self.moments(blocks):
+            total = sum(live)
+            if phase and total > highest.get(phase, -1):
+                highest[phase] = total
                 found[phase] = Moment(at, (live[0], live[1], live[2], live[3], live[4]))
         return found
-
-    def _moments(self) -> Iterator[tuple[str, int, list[int]]]:
-        """Each phase's live bytes where it begins and after each allocation. The list is the same one, changed."""
-        live = [0] * len(CATEGORIES)
-        marks = iter([*self.marks, Mark(len(self.events) + 1, "")])
-        phase, upcoming = "", next(marks)
-        for at, event in enumerate(self.events):
-            while upcoming.at == at:
-                phase, upcoming = upcoming.phase, next(marks)
-                yield phase, at - 1, live
-            one = self.allocations[event if event >= 0 else ~event]
-            size = round_up(one.nbytes, self.granularity)
-            if event < 0:
-                live[one.category] -= size
-                continue
-            live[one.category] += size
-            if phase:
-                yield phase, at, live
 
     def alive(self, at: int) -> list[int]:
         """The allocations that are live after event number `at`."""
