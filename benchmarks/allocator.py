@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from allocator_cases import random_program
 from allocator_recordings import VARIABLE, real_traces
 
+from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.recorded import Comparison, compare
 from galore_mem.allocator.replay import replay
 from galore_mem.allocator.snapshot import read_snapshot
@@ -77,7 +78,7 @@ def speed() -> None:
     for text, streams in (("one stream", (0,)), ("three streams", (0, 7, 8))):
         events = random_program(400_000, seed=1, sizes=sizes, streams=streams, live=400)
         begin = time.process_time()
-        result = replay(events)
+        result = replay(events, new_allocator())
         seconds = time.process_time() - begin
         print(f"{text}: {len(events) / seconds:,.0f} events a second, {len(result.layout)} segments")
 

@@ -35,15 +35,13 @@ class Taped(NamedTuple):
         return [(action, size) for action, _, size, _ in self.trace if action.startswith(kinds)]
 
 
-def taped(
-    settings: AllocatorSettings | None = None, capacity: int | None = None, other: int = 0, **options: bool
-) -> Taped:
+def taped(settings: AllocatorSettings | None = None, capacity: int | None = None, other: int = 0) -> Taped:
     trace: Trace = []
 
     def observe(action: str, address: int, size: int, stream: int) -> None:
         trace.append((action, address, size, stream))
 
-    return Taped(new_allocator(settings, Device(capacity, other), observe, **options), trace)
+    return Taped(new_allocator(settings, Device(capacity, other), observe), trace)
 
 
 def chain(head: Block) -> list[Block]:

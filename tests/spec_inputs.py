@@ -45,7 +45,7 @@ def valid_or_one_line(function: Callable[..., ModelSpec], *arguments: object) ->
     except InputError as error:
         message = str(error)
     assert message is None or is_one_line(message), message
-    assert model is None or model.parameter_count >= 0
+    assert model is None or model.parameter_count == sum(row.count for row in model.parameters())
     return model
 
 

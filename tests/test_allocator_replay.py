@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from spec_inputs import JSON, is_one_line, line
 
 from galore_mem.allocator.device import Device
-from galore_mem.allocator.events import Alloc, EmptyCache, Event, Finish, Free, Mark, RecordStream, live_at
+from galore_mem.allocator.events import Alloc, EmptyCache, Event, Finish, Free, Mark, RecordStream
 from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.replay import replay
 from galore_mem.allocator.settings import AllocatorSettings
@@ -39,7 +39,7 @@ def test_peaks_of_each_phase() -> None:
         Alloc(6, 16 * MIB),
         Free(6),
     ]
-    result = replay(events)
+    result = replay(events, new_allocator())
     load, forward, step = result.phases
     assert (load.name, load.start_allocated_bytes, load.start_reserved_bytes) == ("load", 0, 0)
     assert (load.peak_allocated_bytes, load.peak_allocated_at) == (26 * MIB, 2)
@@ -51,53 +51,47 @@ def test_peaks_of_each_phase() -> None:
     assert (step.peak_reserved_bytes, step.peak_reserved_at) == (48 * MIB, 10)  # it begins there
     assert (result.peak_allocated_bytes, result.peak_allocated_at) == (48 * MIB, 6)
     assert (result.peak_reserved_bytes, result.peak_reserved_at) == (48 * MIB, 5)
-    assert list(live_at(events, result.peak_allocated_at)) == [1, 2, 3, 4, 5]
-    assert list(live_at(events, 12)) == [1, 2]
     assert set(result.addresses) == {1, 2}
     assert result.out_of_memory is None
 
 
 def test_the_two_peaks_are_reached_apart() -> None:
     """40 allocated at event 0; at event 2 another stream's 12 add to the 40 that are cached: 52 reserved."""
-    result = replay([Alloc(1, 40 * MIB), Free(1), Alloc(2, 12 * MIB, stream=7)])
+    result = replay([Alloc(1, 40 * MIB), Free(1), Alloc(2, 12 * MIB, stream=7)], new_allocator())
     assert (result.peak_allocated_bytes, result.peak_allocated_at) == (40 * MIB, 0)
     assert (result.peak_reserved_bytes, result.peak_reserved_at) == (52 * MIB, 2)
 
 
 def test_what_comes_before_the_first_mark_is_a_phase_without_a_name() -> None:
-    result = replay([Alloc(1, 100), Mark("a")])
+    result = replay([Alloc(1, 100), Mark("a")], new_allocator())
     assert [(p.name, p.peak_allocated_bytes) for p in result.phases] == [("", 512), ("a", 512)]
-    assert replay([]).phases[0].peak_allocated_at == -1
-    assert replay([]).peak_fragmentation == 0
-
-
-def test_fragmentation_at_the_peak() -> None:
-    result = replay([Alloc(1, 5 * MIB)])
-    assert result.peak_fragmentation == 0.75  # 5 of 20
+    assert replay([], new_allocator()).phases[0].peak_allocated_at == -1
 
 
 def test_the_timeline_has_an_entry_for_each_event() -> None:
-    result = replay([Alloc(1, 100), Alloc(2, 12 * MIB), Free(2), EmptyCache(), Mark("x")], timeline=True)
+    result = replay(
+        [Alloc(1, 100), Alloc(2, 12 * MIB), Free(2), EmptyCache(), Mark("x")], new_allocator(), timeline=True
+    )
     assert result.timeline is not None
     assert list(result.timeline.allocated) == [512, 12 * MIB + 512, 512, 512, 512]
     assert list(result.timeline.reserved) == [2 * MIB, 14 * MIB, 14 * MIB, 2 * MIB, 2 * MIB]
 
 
 def test_nothing_is_allocated_for_no_bytes() -> None:
-    result = replay([Alloc(1, 0), RecordStream(1, 3), Free(1)])
+    result = replay([Alloc(1, 0), RecordStream(1, 3), Free(1)], new_allocator())
     assert result.peak_reserved_bytes == 0
 
 
 def test_a_replay_ends_where_memory_does() -> None:
     """40 MiB, 2 in use by others: 20 and 12 fit, 10 more do not."""
     events = [Alloc(1, 20 * MIB), Alloc(2, 12 * MIB), Alloc(3, 10 * MIB), Alloc(4, 100)]
-    result = replay(events, capacity=40 * MIB, other_bytes=2 * MIB)
+    result = replay(events, new_allocator(None, Device(40 * MIB, 2 * MIB)))
     assert result.out_of_memory is not None
     assert result.out_of_memory_at == 2
     assert (result.out_of_memory.requested, result.out_of_memory.free) == (10 * MIB, 6 * MIB)
     assert result.peak_allocated_bytes == 32 * MIB
     assert set(result.addresses) == {1, 2}
-    assert replay(events, capacity=44 * MIB + 2 * MIB).out_of_memory is None
+    assert replay(events, new_allocator(None, Device(44 * MIB + 2 * MIB))).out_of_memory is None
 
 
 def test_a_reserved_peak_inside_a_failed_request_counts() -> None:
@@ -105,7 +99,7 @@ def test_a_reserved_peak_inside_a_failed_request_counts() -> None:
     page behind 2 does not fit (80). The retry gives back 1 and 2, and fails, too: 20 are reserved at the end."""
     three = [Alloc(i, 20 * MIB) for i in range(3)]
     events = [*three, Free(1), EmptyCache(), Free(2), Mark("x"), Alloc(3, 60 * MIB)]
-    result = replay(events, AllocatorSettings(expandable_segments=True), capacity=70 * MIB)
+    result = replay(events, new_allocator(AllocatorSettings(expandable_segments=True), Device(70 * MIB)))
     assert result.out_of_memory_at == 7
     phase = result.phases[1]
     assert (phase.start_reserved_bytes, phase.peak_reserved_bytes, phase.peak_reserved_at) == (40 * MIB, 60 * MIB, 7)
@@ -114,8 +108,8 @@ def test_a_reserved_peak_inside_a_failed_request_counts() -> None:
 
 def test_a_second_replay_goes_on_where_the_first_ended() -> None:
     allocator = new_allocator(None, Device())
-    replay([Alloc(1, 12 * MIB), Free(1)], allocator=allocator)
-    result = replay([Alloc(1, 12 * MIB)], allocator=allocator)
+    replay([Alloc(1, 12 * MIB), Free(1)], allocator)
+    result = replay([Alloc(1, 12 * MIB)], allocator)
     assert result.peak_reserved_bytes == 12 * MIB
     assert result.stats.num_device_alloc == 1
 
@@ -138,7 +132,7 @@ def test_waiting_for_another_stream() -> None:
         Free(4),
         Finish(3),
     ]
-    result = replay(events)
+    result = replay(events, new_allocator())
     assert result.peak_reserved_bytes == 24 * MIB
     assert result.stats.active == 24 * MIB  # block 4 still waits: finishing 3 has not finished it
     assert result.stats.allocated == 12 * MIB
@@ -177,7 +171,7 @@ def test_waiting_for_another_stream() -> None:
     ],
 )
 def test_a_stream_that_makes_no_sense_is_refused(events: list[Any], says: str) -> None:
-    assert line(replay, events) == says
+    assert line(replay, events, new_allocator()) == says
 
 
 EVENT = st.one_of(
@@ -197,7 +191,7 @@ def test_any_stream_is_replayed_or_refused_in_one_line(events: list[Any]) -> Non
     allocator = new_allocator(None, Device(2**40))
     message = "replayed"
     try:
-        replay(events, allocator=allocator)
+        replay(events, allocator)
     except InputError as error:
         message = str(error)
     assert is_one_line(message)
@@ -220,4 +214,4 @@ def rate(run: Callable[[], object], events: int) -> float:
 def test_at_least_200_000_events_a_second() -> None:
     sizes = (2 * KIB, 12 * KIB, 100 * KIB, MIB, 3 * MIB, 8 * MIB, 11 * MIB, 33 * MIB)
     events = random_program(40_000, seed=1, sizes=sizes, streams=(0,), live=400)
-    assert rate(lambda: replay(events), len(events)) >= 200_000
+    assert rate(lambda: replay(events, new_allocator()), len(events)) >= 200_000

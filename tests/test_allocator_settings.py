@@ -9,7 +9,7 @@ import torch
 from spec_inputs import line
 
 from galore_mem.allocator.export import settings_text
-from galore_mem.allocator.settings import UNLIMITED, AllocatorSettings, parse_settings, settings_from_environment
+from galore_mem.allocator.settings import UNLIMITED, AllocatorSettings, parse_settings
 from galore_mem.units import GIB, KIB, MIB
 
 
@@ -52,7 +52,7 @@ GOOD = {
         roundup_power2_divisions=(0, 2) + (16,) * 14, expandable_segments=True
     ),
     "roundup_power2_divisions:[65536:2]": AllocatorSettings(roundup_power2_divisions=(2,) * 16),  # clamped to the last
-    "pinned_use_background_threads:True": AllocatorSettings(without_effect=("pinned_use_background_threads",)),
+    "pinned_use_background_threads:True": AllocatorSettings(),  # of host memory
 }
 
 
@@ -105,7 +105,7 @@ def test_settings_that_torch_refuses(text: str, torch_settings: None) -> None:
         ("max_split_size_mb:64,max_split_size_mb:64", "allocator setting 'max_split_size_mb' is given twice"),
         ("expandable", "cannot read allocator setting 'expandable'; write key:value,key:value"),
         ("expandable:True", "unknown allocator setting 'expandable'; did you mean expandable_segments?"),
-        ("backend:cudaMallocAsync", "allocator setting backend:'cudaMallocAsync' is not modelled; only native is"),
+        ("backend:cudaMallocAsync", "allocator setting backend:'cudaMallocAsync' is not modeled; only native is"),
         (
             "per_process_memory_fraction:1.1",
             "allocator setting per_process_memory_fraction must be between 0 and 1, got '1.1'",
@@ -125,21 +125,10 @@ def test_what_torch_reads_carelessly_is_refused(text: str, says: str | None) -> 
 def test_cudas_own_settings() -> None:
     """torch's CPU build does not know them (CUDAAllocatorConfig.h)."""
     assert parse_settings("per_process_memory_fraction:0.5").per_process_memory_fraction == 0.5
-    assert parse_settings("backend:native,release_lock_on_cudamalloc:True").without_effect == (
-        "release_lock_on_cudamalloc",
-    )
+    assert parse_settings("backend:native,release_lock_on_cudamalloc:True") == AllocatorSettings()
 
 
-def test_the_first_variable_wins() -> None:
-    """AcceleratorAllocatorConfig::instance: the old CUDA name, then HIP's, then the common one."""
-    old, new = "max_split_size_mb:64", "max_split_size_mb:128"
-    assert settings_from_environment({}) == AllocatorSettings()
-    assert settings_from_environment({"PYTORCH_ALLOC_CONF": new}).max_split_size == 128 * MIB
-    both = {"PYTORCH_ALLOC_CONF": new, "PYTORCH_CUDA_ALLOC_CONF": old}
-    assert settings_from_environment(both).max_split_size == 64 * MIB
-
-
-@pytest.mark.parametrize("text", [t for t in GOOD if "pinned" not in t])
+@pytest.mark.parametrize("text", GOOD)
 def test_settings_are_written_as_they_are_read(text: str) -> None:
     assert parse_settings(settings_text(GOOD[text])) == GOOD[text]
 

@@ -200,7 +200,7 @@ def edited(path: str, value: Any) -> dict[str, Any]:
         (
             "segments.0.segment_pool_id",
             (0, 1),
-            "x has private pools (CUDA graphs or MemPool), which are not modelled",
+            "x has private pools (CUDA graphs or MemPool), which are not modeled",
         ),
         ("segments.0.segment_pool_id", 5, "x: pool id must be a list, got 5"),
         ("allocator_settings", [], "x: allocator_settings must be an object, got a list of 0"),

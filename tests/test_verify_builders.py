@@ -17,7 +17,7 @@ import torch
 
 from galore_mem.methods.registry import METHODS
 from galore_mem.verify import builders
-from galore_mem.verify.builders import Builder, Unsupported, builder, every
+from galore_mem.verify.builders import Builder, CannotRun, builder, every
 from galore_mem.verify.case import OPTIMIZER, RESIDENTS, TRAIN, Case, Outcome
 from galore_mem.verify.matrix import hyperparameters
 from galore_mem.verify.models import ledger_name
@@ -78,9 +78,9 @@ def test_every_implementation_has_a_row_or_a_reason() -> None:
 
 
 def test_what_is_not_built_says_why() -> None:
-    with pytest.raises(Unsupported, match="no package of an index"):
+    with pytest.raises(CannotRun, match="no package of an index"):
         builder("relora", "relora")
-    with pytest.raises(Unsupported, match="no builder"):
+    with pytest.raises(CannotRun, match="no builder"):
         builder("adamw", "someone-elses")
     outcome = outcome_of("relora", "relora", TRAIN)
     assert (outcome.status, "Guitaricet" in outcome.detail) == ("unsupported", True)

@@ -1,7 +1,7 @@
 """PyTorch's CUDA caching allocator, native backend, one device.
 
 Follows class DeviceCachingAllocator of c10/cuda/CUDACachingAllocator.cpp (late 2025; constants as in torch 2.13). Not
-modelled: private pools (CUDA graphs, MemPool) and free-memory callbacks. Two things are done otherwise, without a
+modeled: private pools (CUDA graphs, MemPool) and free-memory callbacks. Two things are done otherwise, without a
 difference in addresses, sizes or order: of two merged blocks the left one lives on, and of a split block the left part
 keeps its object, so that the first block of a segment is the same object for as long as the segment exists.
 """
@@ -43,11 +43,8 @@ class CachingAllocator:
         settings: AllocatorSettings | None = None,
         device: Device | None = None,
         observer: Observer | None = None,
-        *,
-        events_done_at_once: bool = False,
     ) -> None:
-        """`observer` sees every event. `events_done_at_once`: another stream's use of a freed block is over by the next
-        malloc, instead of when it is said to be (`finish`) or the allocator waits for all streams."""
+        """`observer` sees every event."""
         self.settings = settings or AllocatorSettings()
         self.device = device or Device()
         self.observer = observer
@@ -59,7 +56,6 @@ class CachingAllocator:
         self._holds = 0
         self.limit = self._limit()
         self.collects = self.limit is not None and self.settings.garbage_collection_threshold > 0
-        self._done_at_once = events_done_at_once
         self._rounds_to_512 = not any(d > 1 for d in self.settings.roundup_power2_divisions)
         self._splits_below = self.settings.max_split_size
         self._splits_all = self.settings.max_split_size == UNLIMITED
@@ -79,8 +75,6 @@ class CachingAllocator:
         """A block for `size` > 0 bytes, used on `stream`. Raises `OutOfMemoryError`; the allocator stays usable."""
         if size < 1:
             raise InputError(f"cannot allocate {size} bytes; torch takes no block for an empty tensor")
-        if self.held and self._done_at_once:
-            self.finish_all()
         rounded = -(-size // MIN_BLOCK) * MIN_BLOCK if self._rounds_to_512 else self.settings.round_size(size)
         family = self.small if rounded <= SMALL_SIZE else self.large
         pool = family.pools.get(stream) or family.pool(stream)

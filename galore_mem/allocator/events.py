@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -44,16 +43,3 @@ class Mark(NamedTuple):
 
 
 Event = Alloc | Free | RecordStream | Finish | EmptyCache | Mark
-
-
-def live_at(events: Iterable[Event], index: int) -> dict[int, Alloc]:
-    """The allocations that are alive right after the event with this index, by id, in the order they were made."""
-    live: dict[int, Alloc] = {}
-    for i, event in enumerate(events):
-        if i > index:
-            break
-        if type(event) is Alloc:
-            live[event.id] = event
-        elif type(event) is Free:
-            live.pop(event.id, None)
-    return live

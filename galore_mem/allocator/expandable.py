@@ -77,10 +77,8 @@ class ExpandableAllocator(CachingAllocator):
         settings: AllocatorSettings | None = None,
         device: Device | None = None,
         observer: Observer | None = None,
-        *,
-        events_done_at_once: bool = False,
     ) -> None:
-        super().__init__(settings, device, observer, events_done_at_once=events_done_at_once)
+        super().__init__(settings, device, observer)
         self.ranges: list[AddressRange] = []
         self._expands = self.settings.expandable_segments
         if self._expands:  # every remainder of 512 bytes is split off, whatever the pool (should_split)
@@ -259,9 +257,7 @@ def new_allocator(
     settings: AllocatorSettings | None = None,
     device: Device | None = None,
     observer: Observer | None = None,
-    *,
-    events_done_at_once: bool = False,
 ) -> CachingAllocator:
     """The allocator that these settings ask for."""
     kind = ExpandableAllocator if settings is not None and settings.expandable_segments else CachingAllocator
-    return kind(settings, device, observer, events_done_at_once=events_done_at_once)
+    return kind(settings, device, observer)

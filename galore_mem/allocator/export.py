@@ -65,7 +65,7 @@ def memory_snapshot(
     """
     settings = settings or AllocatorSettings()
     writer = _Writer(describe, device)
-    result = replay(writer.follow(events), allocator=new_allocator(settings, on, writer.observe))
+    result = replay(writer.follow(events), new_allocator(settings, on, writer.observe))
     traces: list[list[dict[str, Any]]] = [[] for _ in range(device)] + [writer.trace]
     snapshot = {
         "segments": [writer.segment(segment) for segment in result.layout],

@@ -35,7 +35,6 @@ class Comparison(NamedTuple):
     allocations_matched: int
     segment_events: int
     segment_events_matched: int
-    segment_events_extra: int
     blocks: int
     blocks_matched: int
     out_of_memory: int
@@ -161,7 +160,6 @@ class _Run:
             self.matched["segments"] += len(step.before)
             return
         self.matched["segments"] += (Counter(step.before) & Counter(self.emitted)).total()
-        self.matched["extra segments"] += (Counter(self.emitted) - Counter(step.before)).total()
         self.note(step.at, f"segment events {_listed(self.emitted)}, recorded {_listed(step.before)}")
 
     def _alloc(self, step: Step) -> None:
@@ -277,7 +275,6 @@ def compare(
         allocations_matched=run.matched["allocations"],
         segment_events=sum(e.action in SEGMENT_EVENTS for e in events),
         segment_events_matched=run.matched["segments"],
-        segment_events_extra=run.matched["extra segments"],
         blocks=len(recorded),
         blocks_matched=len(recorded & laid),
         out_of_memory=failures,

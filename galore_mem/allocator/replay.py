@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from galore_mem.allocator.blocks import HELD, Block, SegmentLayout
-from galore_mem.allocator.caching import CachingAllocator, Observer
-from galore_mem.allocator.device import Device
+from galore_mem.allocator.caching import CachingAllocator
 from galore_mem.allocator.events import Alloc, EmptyCache, Event, Finish, Free, Mark, RecordStream
-from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.oom import OutOfMemoryError
-from galore_mem.allocator.settings import MAX_REQUEST, AllocatorSettings
+from galore_mem.allocator.settings import MAX_REQUEST
 from galore_mem.allocator.stats import Stats
 from galore_mem.errors import InputError
 from galore_mem.spec.files import shown
@@ -61,12 +59,6 @@ class ReplayResult:
     timeline: Timeline | None
     out_of_memory: OutOfMemoryError | None
     out_of_memory_at: int | None
-
-    @property
-    def peak_fragmentation(self) -> float:
-        """The share of the reserved peak that the allocated peak leaves unused."""
-        reserved = self.peak_reserved_bytes
-        return (reserved - self.peak_allocated_bytes) / reserved if reserved else 0.0
 
 
 class _Phase:
@@ -136,23 +128,11 @@ class _Blocks:
             self.allocator.finish(block)
 
 
-def replay(
-    events: Iterable[Event],
-    settings: AllocatorSettings | None = None,
-    *,
-    capacity: int | None = None,
-    other_bytes: int = 0,
-    timeline: bool = False,
-    observer: Observer | None = None,
-    allocator: CachingAllocator | None = None,
-) -> ReplayResult:
-    """Serve the events on a device of `capacity` bytes (None: no limit), `other_bytes` of it used by others.
+def replay(events: Iterable[Event], allocator: CachingAllocator, *, timeline: bool = False) -> ReplayResult:
+    """Serve the events; the allocator goes on from its state. `timeline`: with what was in use after each of them.
 
-    An allocator given instead of settings, capacity and observer goes on from its state. Raises `InputError` for a
-    stream that frees what is not there, or allocates an id twice or a size that is none.
+    Raises `InputError` for a stream that frees what is not there, or allocates an id twice or a size that is none.
     """
-    if allocator is None:
-        allocator = new_allocator(settings, Device(capacity, other_bytes), observer)
     stats = allocator.stats
     blocks = _Blocks(allocator)
     allocated = blocks.allocated

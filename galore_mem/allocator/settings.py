@@ -6,9 +6,8 @@ c10/core/AllocatorConfig.cpp, CUDA's own keys c10/cuda/CUDAAllocatorConfig.h.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,6 @@ MAX_REQUEST = 2**60  # bytes; NativeCachingAllocator refuses a request of one ex
 
 _INTERVALS = 16  # kRoundUpPowerOfTwoIntervals: sizes from 1 MiB (and below) to 32 GiB (and above), by powers of two
 _FIRST_INTERVAL = MIB.bit_length() - 1
-
-# the first that is set wins (AcceleratorAllocatorConfig::instance)
-VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 # known to torch, without effect on which bytes the native allocator takes: host memory, locks, error timing
 _WITHOUT_EFFECT = frozenset(
@@ -52,7 +48,6 @@ class AllocatorSettings:
     expandable_segments: bool = False
     large_segment_size: int = 20 * MIB
     per_process_memory_fraction: float = 1.0
-    without_effect: tuple[str, ...] = ()
 
     def round_size(self, size: int) -> int:
         """Bytes of the block that a request of `size` > 0 bytes asks for (DeviceCachingAllocator::round_size)."""
@@ -148,7 +143,7 @@ def _roundup(key: str, value: str) -> tuple[int, ...]:
 
 def _backend(key: str, value: str) -> None:
     if value != "native":
-        raise InputError(f"allocator setting backend:{shown(value)} is not modelled; only native is")
+        raise InputError(f"allocator setting backend:{shown(value)} is not modeled; only native is")
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -189,20 +184,12 @@ def parse_settings(text: str) -> AllocatorSettings:
         "expandable_segments": ("expandable_segments", _truth),
         "backend": ("", _backend),
     }
-    ignored = []
     for key, value in pairs.items():
         if key in readers:
             name, read = readers[key]
             result = read(key, value)
             if name:
                 found[name] = result
-        elif key in _WITHOUT_EFFECT:
-            ignored.append(key)
-        else:
+        elif key not in _WITHOUT_EFFECT:
             raise unknown("allocator setting", key, [*readers, "large_segment_size_mb", *_WITHOUT_EFFECT])
-    return AllocatorSettings(**found, without_effect=tuple(ignored))
-
-
-def settings_from_environment(environ: Mapping[str, str] = os.environ) -> AllocatorSettings:
-    """The settings that torch would read from the environment. Raises `InputError`."""
-    return parse_settings(next((environ[name] for name in VARIABLES if name in environ), ""))
+    return AllocatorSettings(**found)

@@ -163,7 +163,7 @@ def _apart(segments: list[SegmentLayout], source: str) -> tuple[SegmentLayout, .
 
 def _no_private_pool(pool: object, source: str) -> None:
     if pool is not None and list(_sequence(pool, "pool id", source)) != [0, 0]:
-        raise InputError(f"{source} has private pools (CUDA graphs or MemPool), which are not modelled")
+        raise InputError(f"{source} has private pools (CUDA graphs or MemPool), which are not modeled")
 
 
 def _sequence(value: Any, what: str, source: str) -> list[Any] | tuple[Any, ...]:

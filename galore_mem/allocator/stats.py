@@ -32,16 +32,6 @@ class Stats:
         self.num_device_alloc = 0
         self.num_device_free = 0
 
-    @property
-    def unallocated(self) -> int:
-        """Bytes reserved but not allocated: all that fragmentation and caching take."""
-        return self.reserved - self.allocated
-
-    @property
-    def fragmentation(self) -> float:
-        """The share of reserved bytes that is not allocated; 0 when nothing is reserved."""
-        return self.unallocated / self.reserved if self.reserved else 0.0
-
     def reset_peaks(self) -> None:
         """As torch.cuda.reset_peak_memory_stats: each peak becomes what there is now."""
         self.allocated_peak = self.allocated
@@ -52,7 +42,3 @@ class Stats:
 
     def copy(self) -> Stats:
         return copy(self)
-
-    def as_dict(self) -> dict[str, int]:
-        """All numbers by name."""
-        return {name: getattr(self, name) for name in self.__slots__}

@@ -32,7 +32,7 @@ WORKSPACE = 0.01
 PIP = {"neuralop": "neuraloperator", "pytorch_optimizer": "pytorch_optimizer"}
 
 
-class Unsupported(Exception):  # noqa: N818  # a status, as the record calls it
+class CannotRun(Exception):  # noqa: N818  # an answer about a case, which the record calls unsupported
     """This case cannot run here; the message says why."""
 
 
@@ -121,17 +121,17 @@ class Builder:
         return [PIP.get(module, module.replace("_", "-")) for module in self.needs if find_spec(module) is None]
 
     def check(self, workload: str, work: Work) -> None:
-        """Raises `Unsupported` where the case cannot run here."""
+        """Raises `CannotRun` where the case cannot run here."""
         missing = self.missing()
         if missing:
-            raise Unsupported(without(missing))
+            raise CannotRun(without(missing))
         if workload not in self.workloads:
-            raise Unsupported(f"{self.only}: use --workload {self.workloads[0]}")
+            raise CannotRun(f"{self.only}: use --workload {self.workloads[0]}")
         reason = self.refuses(work)
         if work.setup.recipe.master is not None:
             reason = f"verify keeps no master copy of the weights ({work.setup.recipe.name}); use another recipe"
         if reason is not None:
-            raise Unsupported(reason)
+            raise CannotRun(reason)
 
     def left_out(self, workload: str, work: Work, expected: Mapping[str, int]) -> dict[str, str]:
         """Phases whose peaks are not compared, with the reason. In a layer-wise update a step is part of the backward
@@ -246,17 +246,17 @@ def projected(
 
 
 def builder(method: str, implementation: str) -> Builder:
-    """The row of an implementation. Raises `Unsupported`, with the reason, where it cannot be built at all."""
+    """The row of an implementation. Raises `CannotRun`, with the reason, where it cannot be built at all."""
     from galore_mem.verify.peers import BUILDERS, NOT_BUILT
 
     found = BUILDERS.get((method, implementation))
     if found is None:
-        raise Unsupported(NOT_BUILT.get((method, implementation), "no builder has been written for it"))
+        raise CannotRun(NOT_BUILT.get((method, implementation), "no builder has been written for it"))
     return found
 
 
 def missing(method: str, implementation: str) -> list[str]:
-    """Packages that must be installed for this implementation to run, as pip calls them. Raises `Unsupported`."""
+    """Packages that must be installed for this implementation to run, as pip calls them. Raises `CannotRun`."""
     return builder(method, implementation).missing()
 
 

@@ -12,6 +12,7 @@ from galore_mem.setup import Setup, recipe
 
 OPTIMIZER, TRAIN = "optimizer", "train"
 WORKLOADS = (OPTIMIZER, TRAIN)
+WARM, BETWEEN = "warm-up", "between"  # phases of a run that are not reported
 DONE = ("ok", "mismatch")  # measured
 BAD = ("mismatch", "oom", "failed")  # what makes the answer a no
 STATUSES = ("ok", "mismatch", "oom", "unsupported", "failed")

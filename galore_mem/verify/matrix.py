@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from galore_mem.errors import InputError, unknown
+from galore_mem.errors import InputError, unknown, unknown_of
 from galore_mem.estimator import check
 from galore_mem.methods.registry import METHODS, method
 from galore_mem.setup import DEVICES
@@ -46,7 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 RANK = 64  # above some matrices' smaller side, below others'
-# what a run without further wishes has of every implementation: both formats on shapes of every kind
+# what a run without options has of every implementation: both formats on shapes of every kind
 FORMATS = ("fp32", "pure-bf16")
 SHAPES = ("small-tied", "small-llama")
 WHOLE = "small-llama"
@@ -114,8 +114,8 @@ def chosen(wishes: Wishes, device: str) -> list[Case]:
     names = list(dict.fromkeys(method(name).name for name in wishes.methods))
     codes = list(implementations(names, wishes.implementation))
     if not codes:
-        known = sorted({c.name for name in names or METHODS for c in METHODS[name].implementations})
-        raise unknown(f"implementation of {', '.join(names) or 'any method'}", str(wishes.implementation), known)
+        known = {c.name for name in names or METHODS for c in METHODS[name].implementations}
+        raise unknown_of(names, "implementation", str(wishes.implementation), known)
     if wishes.workload not in (None, *WORKLOADS):
         raise unknown("workload", wishes.workload, WORKLOADS)
     found: list[Case] = []

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from galore_mem.estimator import Case as Estimated
 from galore_mem.estimator import budget, check, given_for
-from galore_mem.ledger import Entry, ledger
+from galore_mem.ledger import Entry, ledger, totals
 from galore_mem.memory.network import Layout, place
 from galore_mem.memory.phases import CUBLAS_WORKSPACES, Work, cublas_workspace, stepping
 from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE
 from galore_mem.methods.base import Slot, Slots
 from galore_mem.methods.registry import method
+from galore_mem.releases import modeled
 from galore_mem.setup import TORCH, TRANSFORMERS
 from galore_mem.verify.case import TRAIN, Case, Sizes
 from galore_mem.verify.matrix import model_of
@@ -34,8 +34,8 @@ def predict(case: Case, capability: tuple[int, int] | None = None, *, slack: boo
     spec, found = model_of(case.model), method(case.method)
     code, given = found.implementation(case.implementation), given_for(found, case.hyperparameters)
     setup = replace(
-        case.setup(), compute_capability=capability, torch=modelled("torch", TORCH),
-        transformers=modelled("transformers", TRANSFORMERS),
+        case.setup(), compute_capability=capability, torch=modeled("torch", TORCH),
+        transformers=modeled("transformers", TRANSFORMERS),
     )  # fmt: skip
     check(spec, setup, (case.method,), "implementation", case.targets, case.hyperparameters)
     asked = Estimated(spec, setup, found, code, case.targets, given)
@@ -47,26 +47,9 @@ def predict(case: Case, capability: tuple[int, int] | None = None, *, slack: boo
         stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
         return Prediction(work, Sizes(*stays, phases, workspaces_bytes=kept), made.entries)
     entries = tuple(ledger(work.model, work.code, work.job, work.targets))
-    sums = dict.fromkeys(("weights", "gradients", "optimizer_state"), 0)
-    for e in entries:
-        sums[e.kind] += e.total
-    if work.setup.layerwise:
-        sums["gradients"] = max(e.nbytes for e in entries if e.kind == "gradients")
+    sums = totals(entries, work.setup)
     sizes = Sizes(sums["weights"], sums["gradients"], sums["optimizer_state"], _steps(work))
     return Prediction(work, sizes, entries)
-
-
-def modelled(package: str, known: tuple[str, ...]) -> str:
-    """The newest release whose behavior is modelled that is not above the installed one; the oldest if all are."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit()]
-
-    try:
-        here = numbers(version(package))
-    except PackageNotFoundError:
-        return known[-1]
-    return max((one for one in known if numbers(one) <= here), key=numbers, default=known[0])
 
 
 def _measurable(phases: dict[str, int]) -> dict[str, int]:

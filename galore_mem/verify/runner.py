@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from threading import Event, Lock
 
 from galore_mem.errors import InputError
-from galore_mem.verify.builders import Unsupported, builder, without
+from galore_mem.verify.builders import CannotRun, builder, without
 from galore_mem.verify.case import DONE, RESIDENTS, BufferPair, Case, Outcome
 from galore_mem.verify.environment import environment
 from galore_mem.verify.line import load
@@ -66,11 +66,13 @@ def run(
         return judged(outcome, tolerance)
 
     with ThreadPoolExecutor(len(all_starters)) as pool:
-        waiting: set[Future[Outcome]] = {pool.submit(work, case) for case in cases if case.key not in known}
+        order = {pool.submit(work, case): number for number, case in enumerate(cases) if case.key not in known}
+        waiting: set[Future[Outcome]] = set(order)
         try:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in sorted(done, key=failed):  # what came out well is given out first
+                # what came out well is given out first, in the order of the cases
+                for future in sorted(done, key=lambda one: (failed(one), order[one])):
                     yield future.result()
         finally:
             ending.set()
@@ -88,7 +90,7 @@ def lacking(case: Case) -> Outcome | None:
     """What can be said of a case without a process: that its packages are not installed, or that nothing builds it."""
     try:
         gone = builder(case.method, case.implementation).missing()
-    except Unsupported as error:
+    except CannotRun as error:
         return Outcome(case, "unsupported", str(error))
     return Outcome(case, "unsupported", without(gone)) if gone else None
 

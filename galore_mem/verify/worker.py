@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from galore_mem.errors import InputError
-from galore_mem.verify.case import OPTIMIZER, BufferPair, Case, Outcome, Sizes
+from galore_mem.verify.case import BETWEEN, OPTIMIZER, WARM, BufferPair, Case, Outcome, Sizes
 from galore_mem.verify.environment import card, environment
 from galore_mem.verify.line import dump
 from galore_mem.verify.parent import end_with_parent
@@ -70,7 +70,7 @@ def measure(case: Case, said: Prediction, meter: Meter) -> Outcome:
 
     from galore_mem.verify.builders import builder
     from galore_mem.verify.kernels import REMARK, chosen_kernels, large
-    from galore_mem.verify.workloads import BETWEEN, WARM, run_optimizer, run_train
+    from galore_mem.verify.workloads import run_optimizer, run_train
 
     row = builder(case.method, case.implementation)
     row.check(case.workload, said.work)
@@ -120,9 +120,9 @@ def pairs(said: Prediction, found: dict[tuple[str, str], Any]) -> Iterator[Buffe
 
 
 def _outcome_of(case: Case, error: Exception) -> Outcome:
-    from galore_mem.verify.builders import Unsupported
+    from galore_mem.verify.builders import CannotRun
 
-    if isinstance(error, Unsupported):
+    if isinstance(error, CannotRun):
         return Outcome(case, "unsupported", str(error))
     if type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in EXHAUSTED):
         return Outcome(case, "oom", _line(error))

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from galore_mem.collector import paused
 from galore_mem.dtypes import DType
 from galore_mem.memory.phases import Work
 from galore_mem.methods.base import Stored, Trained
 from galore_mem.setup import Setup
-from galore_mem.verify.builders import Builder, Member, Request, Unsupported
+from galore_mem.verify.builders import Builder, CannotRun, Member, Request
+from galore_mem.verify.case import BETWEEN, WARM
 from galore_mem.verify.meters import Meter
 from galore_mem.verify.models import autocast, batch, members_of, transformers_model
 from galore_mem.verify.residents import storage, tensors, total
-
-WARM, BETWEEN = "warm-up", "between"  # phases that are not reported
 
 
 class Measured(NamedTuple):
@@ -80,9 +80,9 @@ def random_parameter(stored: Stored, device: torch.device) -> Tensor:
 
 
 def coded_parameter(stored: Stored, builder: Builder, device: torch.device) -> Tensor:
-    """What stands for a float matrix. Raises `Unsupported` where the builder does not say."""
+    """What stands for a float matrix. Raises `CannotRun` where the builder does not say."""
     if builder.coded is None or stored.grad is None:
-        raise Unsupported(f"a weight stored as {stored.dtype.name} needs the train workload")
+        raise CannotRun(f"a weight stored as {stored.dtype.name} needs the train workload")
     made: Tensor = builder.coded(random(stored.shape, stored.grad, device))
     return made
 
@@ -106,7 +106,7 @@ def run_optimizer(work: Work, builder: Builder, device: torch.device, meter: Met
     members, frozen = parameters(work, builder, device)
     beside = [m.p for m in members if not m.p.requires_grad]
     if beside and work.setup.layerwise:
-        raise Unsupported("its gradients are not autograd's: there is no backward pass that could step")
+        raise CannotRun("its gradients are not autograd's: there is no backward pass that could step")
     largest = Largest(members, device)
     stepper = Stepper(work, builder, Request(members, work, None))
 
@@ -173,9 +173,8 @@ def train(
 ) -> None:
     """The training loop. The collector, which would free what reference counts do not, rests."""
     gc.collect()
-    gc.disable()
     held: list[Any] = []  # what forward returned, as long as the setup's loop keeps it
-    try:
+    with paused():
         for phase in stepper.phases():
             plain = phase == "step"
             for micro in range(setup.gradient_accumulation):
@@ -196,15 +195,13 @@ def train(
                 del loss
                 if setup.keep_logits == "backward":
                     held.clear()
-            after_backward()
+                after_backward()
             meter.enter(BETWEEN if setup.layerwise else phase)
             stepper.step()
             meter.enter(BETWEEN)
             stepper.zero_grad()
             if setup.keep_logits != "next":
                 held.clear()
-    finally:
-        gc.enable()
 
 
 # -- both ----------------------------------------------------------------------------------------------
