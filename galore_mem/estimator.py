@@ -7,19 +7,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from galore_mem._version import __version__
-from galore_mem.errors import InputError, unknown
+from galore_mem.errors import InputError, unknown_of
 from galore_mem.evidence import FOLLOWED, Confidence, confidence, reserve
 from galore_mem.families import family
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.gpus import gpu as find_gpu
-from galore_mem.ledger import Entry, ledger
+from galore_mem.ledger import Entry, ledger, registered, totals
 from galore_mem.memory.kept import kept_by_layer
 from galore_mem.memory.phases import CUBLAS_WORKSPACES, Phases, Work, cublas_workspace, stepping, training
 from galore_mem.methods.adamw_8bit import with_own_tables
 from galore_mem.methods.base import RANK, UPDATE_PROJ_GAP, Implementation, Job, Method
 from galore_mem.methods.registry import METHODS, method
 from galore_mem.result import Estimate, EstimateResult, Phase, Unsupported
-from galore_mem.setup import Setup
+from galore_mem.setup import LOADED, LOADS, Setup
 from galore_mem.spec.model import ModelSpec, check_targets, is_target
 from galore_mem.spec.resolve import resolve
 from galore_mem.units import format_bytes, round_up
@@ -65,6 +65,8 @@ def estimate(
     check(spec, setup, asked, convention, chosen, hyperparameters)
     if reserved and (setup.device == "cpu" or convention == "paper"):
         raise InputError("--reserved follows the CUDA allocator; leave it out with --device cpu or --convention paper")
+    if setup.load != LOADS[0] and not reserved:
+        raise InputError("how a model comes to the card is about the allocator's blocks; give --reserved with --load")
     cache: dict[object, Phases] = {}
     answers: list[Estimate] = []
     unsupported: list[Unsupported] = []
@@ -102,6 +104,13 @@ class Case(NamedTuple):
             setup = replace(setup, layerwise=True, keep_gradients=False, gradient_accumulation=1)
         elif not self.code.layerwise:
             setup = replace(setup, layerwise=False)
+        if setup.waits and (self.code.compresses is None or setup.recipe.master is not None):
+            raise InputError(
+                f"{self.method.name} ({self.code.name}) steps in every backward pass, so its layer-wise update cannot "
+                "accumulate gradients"
+                + (f" in {setup.recipe.name}" if self.code.compresses else "")
+                + "; leave out --layerwise or --gradient-accumulation"
+            )
         code = with_own_tables(self.code) if setup.layerwise and self.code.one_each else self.code
         job = Job(self.hyperparameters, setup.recipe, setup.device, spec.heads)
         forward = family(spec.family).forward if spec.family is not None else None
@@ -115,15 +124,11 @@ def check(
     convention: str,
     targets: tuple[str, ...] | None,
     hyperparameters: Mapping[str, int | float | str | None],
-    *,
-    traced: bool = False,
 ) -> None:
-    """Raises `InputError` for what no method can be asked about this model. `traced`: of a run of the real model."""
+    """Raises `InputError` for what no method can be asked about this model."""
     if convention not in ("implementation", "paper"):
         raise InputError(f"unknown convention {convention!r}; known: implementation, paper")
     check_targets(spec, targets)
-    if setup.use_cache and not traced:
-        raise InputError("keys and values in the model's output are not estimated; simulate --use-cache has them")
     check_hyperparameters(asked, hyperparameters)
     if setup.attention == "flash":
         check_flash(setup)
@@ -146,8 +151,7 @@ def check_hyperparameters(asked: Sequence[str], given: Mapping[str, int | float 
             continue
         meant = [h for h in declared if h.name == name]
         if not meant and name not in COMMON:
-            known = {h.name for h in declared} | set(COMMON)
-            raise unknown(f"hyperparameter of {', '.join(asked) or 'any method'}", name, known)
+            raise unknown_of(asked, "hyperparameter", name, {h.name for h in declared})
         for h in meant or (RANK, UPDATE_PROJ_GAP):
             if h.name == name:
                 h.read(value)
@@ -202,8 +206,8 @@ def select(
             matched = True
             yield one, code
     if not matched:
-        names = sorted({c.name for m in METHODS.values() for c in m.implementations})
-        raise InputError(f"no method has an implementation {implementation!r}; known: {', '.join(names)}")
+        known = {c.name for m in METHODS.values() for c in m.implementations}
+        raise unknown_of((), "implementation", str(implementation), known)
 
 
 def given_for(found: Method, given: Mapping[str, int | float | str | None]) -> dict[str, int | float | str]:
@@ -222,15 +226,11 @@ def budget(
     `reserved` follows the allocator."""
     work = case.work()
     entries = tuple(ledger(work.model, work.code, work.job, work.targets))
+    buffers = tuple(registered(work.model, work.setup))
     phases, kernels = _phases(work, entries, cache if cache is not None else {})
-    sums = dict.fromkeys(("weights", "gradients", "optimizer_state"), 0)
-    for e in entries:
-        sums[e.kind] += e.total
-    if work.setup.layerwise:
-        sums["gradients"] = max((e.nbytes for e in entries if e.kind == "gradients"), default=0)
+    sums = totals(entries, work.setup)
     made = Estimate(
         method=case.method.name,
-        title=case.method.title,
         implementation=case.code.name,
         convention=case.convention,
         hyperparameters=case.hyperparameters,
@@ -244,7 +244,8 @@ def budget(
         assumptions=tuple(_assumptions(work, case.setup, kernels, case.card)),
         not_counted=tuple(_not_counted(work)),
         equations=work.code.equations,
-        entries=entries,
+        entries=(*entries, *buffers),
+        buffers_bytes=sum(e.total for e in buffers),
         kept=kept_by_layer(work) if explain else (),
         confidence=_confidence(case, work),
         reserve=reserve(work.setup.attention) if work.setup.device == "cuda" and case.convention != "paper" else None,
@@ -262,7 +263,10 @@ def _followed(made: Estimate, work: Work) -> Estimate:
     layers = {phase.name: phase.per_layer for phase in made.phases}
     told_by = confidence(FOLLOWED, work.setup, work.model.family, made.method, made.implementation)
     phases = tuple(phase._replace(per_layer=layers[phase.name]) for phase in found.phases)
-    told = "caching allocator (default settings), one stream; one step that makes the state before those shown"
+    told = (
+        "caching allocator (default settings), one stream; one step that makes the state before those shown; "
+        f"a model comes to the card by {LOADED[work.setup.load]}; a quantized one matrix by matrix"
+    )
     return replace(
         made, phases=phases, peak_reserved_bytes=found.reserved, reserve=None, confidence=told_by,
         assumptions=(*made.assumptions, told),
@@ -289,7 +293,11 @@ def _layerwise(work: Work) -> Phases:
     passed = training(work)
     if not work.code.refreshes:
         return passed
-    return replace(passed, peaks={**passed.peaks, "refresh": training(work, refresh=True).peaks["refresh"]})
+    renewing = training(work, refresh=True).peaks
+    # where gradients are whole until the last pass, the forward passes between are part of it
+    within = ("refresh", "forward", "loss") if work.setup.waits else ("refresh",)
+    highest = max((renewing[name] for name in within if name in renewing), key=lambda moment: sum(moment.live))
+    return replace(passed, peaks={**passed.peaks, "refresh": highest})
 
 
 def _whole(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]) -> Phases:
@@ -306,7 +314,7 @@ def _whole(work: Work, entries: tuple[Entry, ...], cache: dict[object, Phases]) 
 def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | None) -> Iterable[str]:
     setup, job = work.setup, work.job
     r = setup.recipe
-    if setup.layerwise and not asked.layerwise and (asked.keep_gradients or asked.gradient_accumulation > 1):
+    if (asked.keep_gradients, asked.gradient_accumulation) != (setup.keep_gradients, setup.gradient_accumulation):
         yield "gradients are freed one by one and not accumulated, whatever the options say: it has no other step"
     yield (
         f"recipe {r.name}: weights and gradients {r.weights}"
@@ -314,6 +322,11 @@ def _assumptions(work: Work, asked: Setup, kernels: frozenset[str], card: Gpu | 
         + (f", master weights {r.master}" if r.master else "")
     )
     yield f"a step in steady state: optimizer state exists; {setup.loop}"
+    if setup.waits:
+        yield (
+            f"parameters are updated in the last of {setup.gradient_accumulation} backward passes; until then "
+            "gradients are summed, in the low-rank space where the method can"
+        )
     if work.forward is not None:
         yield (
             f"eager PyTorch {setup.torch}, transformers {setup.transformers}, attention {setup.attention}, "
@@ -376,6 +389,7 @@ def setup_json(setup: Setup, targets: tuple[str, ...] | None, card: Gpu | None) 
         "keep_gradients": setup.keep_gradients,
         "keep_logits": setup.keep_logits,
         "use_cache": setup.use_cache,
+        "load": setup.load,
         "gradient_accumulation": setup.gradient_accumulation,
         "transformers": setup.transformers,
         "torch": setup.torch,

@@ -7,18 +7,20 @@ through the model of the CUDA caching allocator: what its blocks leave unused (s
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from galore_mem.allocator.settings import AllocatorSettings
+from galore_mem.collector import paused
+from galore_mem.dtypes import NF4
 from galore_mem.errors import InputError
 from galore_mem.memory.phases import PHASES, Work
 from galore_mem.memory.whole import whole
 from galore_mem.result import Phase
 from galore_mem.simulate.device import on_cuda
+from galore_mem.simulate.loads import QUANTIZED, Read, loaded
 from galore_mem.simulate.trace import Allocation, Mark, Trace
+
+PEFT = "0.21"  # the release that the ledgers follow (galore_mem/methods/lora.py)
 
 
 class Followed(NamedTuple):
@@ -33,7 +35,7 @@ def follow(work: Work, settings: AllocatorSettings | None = None) -> Followed:
     allocator."""
     if work.setup.device != "cuda":
         raise InputError("--reserved follows the CUDA allocator; leave it out with --device cpu")
-    with uncollected():
+    with paused():  # reference counts free what the twin makes; the collector would only look at it again and again
         run = on_cuda(trace(work), settings or AllocatorSettings())
     highest, reserved = run.highest(), run.most_reserved()
     phases = tuple(
@@ -48,16 +50,14 @@ def trace(work: Work) -> Trace:
     """The whole run as the allocator meets it."""
     log = whole(work)
     made = [Allocation(n, "", "", "", category) for n, category in zip(log.sizes, log.categories, strict=True)]
-    return Trace(work.setup.granularity, made, log.events, [Mark(at, phase) for at, phase in log.marks])
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Reference counts free what the twin makes; the collector would only look at it again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    for number, (name, fmt) in log.stored.items():
+        made[number].name, made[number].dtype = name, QUANTIZED if fmt is NF4 else fmt.name
+    quantized = any(fmt is NF4 for _, fmt in log.stored.values())
+    read = Read(work.setup.recipe.weights.bits // 8, PEFT) if quantized else None
+    found = Trace(work.setup.granularity, made, log.events)
+    begin = log.marks[1][0]
+    before = loaded(found, begin, work.setup.load, read)
+    moved = len(before) - begin
+    found.events = before + log.events[begin:]
+    found.marks = [Mark(at + moved if at else 0, phase) for at, phase in log.marks]
+    return found

@@ -65,14 +65,15 @@ class Fit(NamedTuple):
 class Estimate:
     """One method under one implementation (or the paper's counting).
 
-    `weights_bytes`, `gradients_bytes` and `optimizer_state_bytes` are exact sums of the tensors, at their fullest;
-    phases are in allocator blocks (on CUDA each tensor is rounded up to 512 bytes). `kept` is what one layer keeps for
-    backward, filled where an explanation was asked for. `confidence` is the evidence behind the peak (None: a paper's
-    counting); `reserve` what allocators were seen to hold beyond a peak, where none is followed.
+    `weights_bytes` (parameters), `gradients_bytes` and `optimizer_state_bytes` are exact sums of the tensors, at their
+    fullest; `buffers_bytes` are those that the model registers beside its parameters, which phases count among the
+    weights (None: not told apart). Phases are in allocator blocks (on CUDA each tensor is rounded up to 512 bytes).
+    `kept` is what one layer keeps for backward, filled where an explanation was asked for. `confidence` is the evidence
+    behind the peak (None: a paper's counting); `reserve` what allocators were seen to hold beyond a peak, where none is
+    followed.
     """
 
     method: str
-    title: str
     implementation: str
     convention: str
     hyperparameters: Mapping[str, int | float | str]
@@ -91,6 +92,7 @@ class Estimate:
     peak_reserved_bytes: int | None = None
     confidence: Confidence | None = None
     reserve: Reserve | None = None
+    buffers_bytes: int | None = None
 
     @property
     def peak(self) -> Phase:
@@ -117,6 +119,7 @@ class Estimate:
             "weights_bytes": self.weights_bytes,
             "gradients_bytes": self.gradients_bytes,
             "optimizer_state_bytes": self.optimizer_state_bytes,
+            "buffers_bytes": self.buffers_bytes,
             "phases": [phase.to_json() for phase in self.phases],
             "peak_phase": self.peak.name,
             "peak_allocated_bytes": self.peak_allocated_bytes,
@@ -179,6 +182,12 @@ class EstimateResult:
     setup: Mapping[str, Any]
     estimates: tuple[Estimate, ...]
     unsupported: tuple[Unsupported, ...] = ()
+
+    @property
+    def none_fits(self) -> bool:
+        """Was a card asked about, and does no method fit it?"""
+        verdicts = [e.fits.verdict for e in self.estimates if e.fits is not None]
+        return bool(verdicts) and all(verdict == "does_not_fit" for verdict in verdicts)
 
     def to_json(self, tensors: bool = False) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from galore_mem.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from galore_mem.errors import InputError, unknown
+from galore_mem.releases import nearest
 
 ATTENTION = ("sdpa", "eager", "flash")
 LOSSES = ("eager", "fused", "chunked")
@@ -18,8 +19,14 @@ HELD = {
     "none": "is dropped before backward", "backward": "lives until backward is over",
     "step": "lives until the step is over", "next": "lives until the next forward pass has returned",
 }  # fmt: skip
-# Versions of transformers whose modelling code the families follow; the newest is the default.
+# Versions of transformers whose modeling code the families follow; the newest is the default.
 TRANSFORMERS = ("4.57", "5.23")
+# How a model that is not quantized comes to the card; a quantized one is read matrix by matrix.
+LOADED = {
+    "to-device": "model.to(device), tensor by tensor",
+    "device-map": "from_pretrained with a device map, which takes a block of its size first",
+}
+LOADS = tuple(LOADED)
 # Versions of torch that differ in which attention kernel runs; the one the tests run with is the default.
 TORCH = ("2.13", "2.14")
 
@@ -71,7 +78,7 @@ class Setup:
     non-reentrant checkpointing, no key/value cache. A loop whose variable `outputs` is deleted after `loss.backward()`
     has `keep_logits="backward"`, one in which it lives until the step is over `"step"` (True; False is `"none"`), and
     one that binds each output to the same name without deleting the one before `"next"`. `use_cache`, which a decoder's
-    config has on: the output then holds keys and values of each layer; `estimate` does not describe it.
+    config has on: the output then holds keys and values of each layer, unless they are checkpointed.
 
     `device` decides what differs between allocators and kernels: on `cuda` sizes are rounded to blocks of
     512 bytes, cuBLAS workspaces are resident and torch's step counters stay on the host; on `cpu`
@@ -89,12 +96,15 @@ class Setup:
     keep_logits: str | bool = KEPT_LOGITS[0]
     use_cache: bool = False
     gradient_accumulation: int = 1
+    load: str = LOADS[0]
     transformers: str = TRANSFORMERS[-1]
     torch: str = TORCH[0]
     device: str = "cuda"
     compute_capability: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "transformers", nearest("transformers", self.transformers, TRANSFORMERS))
+        object.__setattr__(self, "torch", nearest("torch", self.torch, TORCH))
         if isinstance(self.keep_logits, bool):
             object.__setattr__(self, "keep_logits", "step" if self.keep_logits else "none")
         for name, value, limit in (
@@ -109,15 +119,17 @@ class Setup:
             ("loss", self.loss, LOSSES),
             ("device", self.device, DEVICES),
             ("keep-logits-until", str(self.keep_logits), KEPT_LOGITS),
-            ("transformers version", self.transformers, TRANSFORMERS),
-            ("torch version", self.torch, TORCH),
+            ("load", self.load, LOADS),
         ):
             if given not in allowed:
                 raise unknown(name, given, allowed)
         if self.layerwise and self.keep_gradients:
             raise InputError("--layerwise frees each gradient in the backward hook; it excludes --keep-gradients")
-        if self.layerwise and self.gradient_accumulation > 1:
-            raise InputError("--layerwise steps in every backward pass; it excludes --gradient-accumulation above 1")
+
+    @property
+    def waits(self) -> bool:
+        """Does a layer-wise update wait for several backward passes?"""
+        return self.layerwise and self.gradient_accumulation > 1
 
     @property
     def loop(self) -> str:

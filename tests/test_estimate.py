@@ -56,7 +56,9 @@ def test_adamw_on_llama_7b_step_by_step() -> None:
     step = next(p for p in found["phases"] if p["name"] == "step")
     workspaces = 2 * (2 * 4096 + 8 * 16) * 1024  # cuBLAS, one a thread
     loss = 512  # one scalar, in one block
-    assert step["allocated_bytes"] == 10 * n + workspaces + loss
+    frequencies = 2 * 512  # of rotary embedding, and their copy: 64 float32 each, in a block each
+    assert found["buffers_bytes"] == 2 * 64 * 4
+    assert step["allocated_bytes"] == 10 * n + workspaces + loss + frequencies
     assert found["peak_phase"] == "step"
     assert found["peak_allocated_bytes"] == step["allocated_bytes"]
     assert found["device_bytes"] == found["peak_allocated_bytes"] + found["outside_allocator_bytes"]

@@ -21,12 +21,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
     "layer-wise": {"layerwise": True},
+    "layer-wise, accumulated": {"layerwise": True, "gradient_accumulation": 3},
     "amp": {"recipe": RECIPES["amp-bf16"]},
     "master": {"recipe": RECIPES["bf16-fp32-master"]},
     "accumulation": {"gradient_accumulation": 3},
     "gradients kept": {"keep_gradients": True},
     "output kept": {"keep_logits": "step"},
     "output kept until the next": {"keep_logits": "next"},
+    "keys and values kept": {"use_cache": True, "keep_logits": "step"},
     "fp32, eager": {"recipe": RECIPES["fp32"], "attention": "eager"},
 }
 # their steps let the gradient go; what a loop then zeroes is another's
@@ -48,17 +50,20 @@ def test_the_whole_run_has_the_closed_forms_peaks(name: str, way: str) -> None:
         except InputError:  # of this model or setup there is no estimate
             continue
         peaks = trace(case.work()).peaks()
+        if name == "qlora":  # a load that quantizes has temporaries
+            assert peaks["load"].total > said.pop("load")
         assert {phase: peaks[phase].total for phase in said} == said, code.name
 
 
 def test_everything_that_stays_is_there_at_the_end() -> None:
-    """AdamW on a small LLaMA in bfloat16: weights, and twice their size of state; gradients are gone."""
+    """AdamW on a small LLaMA in bfloat16: weights, and twice their size of state; gradients are gone. Each of the two
+    buffers (the rotary embedding's frequencies, and a copy) has a block of 512 bytes."""
     adamw = METHODS["adamw"]
     case = Case(small(layers=3), Setup(seq_len=64), adamw, adamw.implementations[0], None, {})
     made = budget(case)
     rest = trace(case.work()).residents()
     assert (rest[WEIGHTS], rest[GRADIENTS], rest[OPTIMIZER_STATE]) == (
-        made.weights_bytes, 0, made.optimizer_state_bytes,
+        made.weights_bytes + 2 * 512, 0, made.optimizer_state_bytes,
     )  # fmt: skip
 
 
@@ -108,12 +113,24 @@ def test_where_there_is_no_allocator(given: dict[str, Any], expected: str) -> No
         follow(Case(small(), Setup(device="cpu"), sgd, sgd.implementations[0], None, {}).work())
 
 
-@pytest.mark.parametrize("method", ["adamw", "galore", "lora"])
-def test_simulate_says_the_same(method: str) -> None:
-    """A run of the real model and optimizer through the same allocator: within 1 % in every phase, slack included.
-    (Where a block lies depends on every allocation before, and the twin has some in another order.)"""
+SAME: list[tuple[str, dict[str, Any]]] = [
+    ("adamw", {}),
+    ("adamw", {"load": "device-map"}),
+    ("adamw", {"recipe": RECIPES["amp-bf16"], "keep_gradients": True, "transformers": "4.57"}),
+    ("galore", {}),
+    ("galore-mini", {"layerwise": True}),
+    ("lora", {"gradient_checkpointing": True}),
+    ("qlora", {"keep_logits": "step"}),
+]
+
+
+@pytest.mark.parametrize(("method", "how"), SAME, ids=[f"{method} {' '.join(how)}".strip() for method, how in SAME])
+def test_simulate_says_the_same(method: str, how: dict[str, Any]) -> None:
+    """A run of the real model and optimizer through the same allocator: the same peaks, slack included, but for two
+    blocks of 512 bytes (the loss, which the estimate has in the step; the table of codes, which QLoRA's has not); and
+    the same reserve, but for one segment of 2 MiB (GaLore's, whose first step the twin takes without its SVD)."""
     simulate = pytest.importorskip("galore_mem.simulate").simulate
-    setup = Setup(seq_len=256)
+    setup = Setup(seq_len=256, **how)
     rank = None if method == "adamw" else 64
     (said,) = galore_mem.estimate("llama-60m", [method], setup=setup, rank=rank, reserved=True).estimates
     (real,) = simulate("llama-60m", [method], setup=setup, rank=rank).estimates
@@ -121,10 +138,9 @@ def test_simulate_says_the_same(method: str) -> None:
     phases = {phase.name: phase.allocated_bytes for phase in said.phases}
     phases["forward"] = max(phases["forward"], phases["loss"])
     for name in ("forward", "backward", "step"):
-        assert abs(phases[name] / right[name] - 1) <= 0.01, name
-    if method != "lora":  # of so small a model its reserve is 6.9 % off
-        assert said.peak_reserved_bytes is not None
-        assert abs(said.peak_reserved_bytes / real.peak_reserved_bytes - 1) <= 0.02
+        assert name not in phases or abs(phases[name] - right[name]) <= 2 * 512, name
+    assert said.peak_reserved_bytes is not None
+    assert abs(said.peak_reserved_bytes - real.peak_reserved_bytes) <= 2 << 20
 
 
 def test_torch_is_not_needed() -> None:

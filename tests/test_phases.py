@@ -30,6 +30,7 @@ SETUPS = {
     "kept": Setup(seq_len=128, keep_gradients=True, loss="chunked"),
     "accumulated": Setup(seq_len=128, gradient_accumulation=4, loss="fused", attention="flash"),
     "layerwise": Setup(seq_len=128, layerwise=True),
+    "keys-and-values": Setup(seq_len=128, use_cache=True, keep_logits="next"),
 }
 
 
@@ -64,6 +65,20 @@ def test_two_shallow_runs_equal_the_full_depth(family_name: str, setup: str, mon
     full = training(one)
     assert {k: m.live for k, m in extrapolated.peaks.items()} == {k: m.live for k, m in full.peaks.items()}
     assert extrapolated.retained == full.retained
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize("passes", [2, 5])
+@pytest.mark.parametrize("name", ["galore", "galore-8bit", "adam-mini"])
+def test_a_layerwise_update_that_waits_is_known_from_shallow_runs(
+    name: str, passes: int, refresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(seq_len=64, layerwise=True, gradient_accumulation=passes)
+    one = work(small(), setup, name, "galore-mem", **({} if name == "adam-mini" else {"rank": 16}))
+    extrapolated = training(one, refresh)
+    monkeypatch.setattr(phases, "SHALLOW", 99)
+    full = training(one, refresh)
+    assert {k: m.live for k, m in extrapolated.peaks.items()} == {k: m.live for k, m in full.peaks.items()}
 
 
 STEPPED = {
@@ -157,13 +172,15 @@ def test_kept_logits_lie_there_in_the_step() -> None:
 
 
 def test_residents_at_step_are_the_ledger() -> None:
-    """On the CPU, where nothing is rounded, the step's weights, gradients and state are the tensors' exact sums."""
+    """On the CPU, where nothing is rounded, the step's weights, gradients and state are the tensors' exact sums; among
+    the weights are the model's buffers."""
     setup = replace(SETUPS["eager-fp32"], device="cpu")
     for e in estimate(small(), setup=setup, rank=16).estimates:
         if e.layerwise or e.method in ("galore-8bit", "q-galore"):  # these replace gradients while stepping
             continue
         step = next(p for p in e.phases if p.name == "step")
-        assert step.components[:3] == (e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes), e.method
+        weights = e.weights_bytes + (e.buffers_bytes or 0)
+        assert step.components[:3] == (weights, e.gradients_bytes, e.optimizer_state_bytes), e.method
 
 
 METHOD_NAMES = sorted(METHODS)

@@ -74,7 +74,7 @@ def test_a_size_that_is_no_size_is_refused(value: Any) -> None:
         ({"hidden_act": 1}, "hidden_act must be a valid string, got 1"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not supported; set it to LlamaForCausalLM"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a valid list, got 'LlamaForCausalLM'"),
-        ({"model_type": "lama"}, "unknown model_type 'lama'; did you mean llama?"),
+        ({"model_type": "lama"}, "unknown model_type 'lama'; known: bert, gpt2, llama, mistral, qwen2, roberta; "),
         ({"model_type": "x\ny\x1b[0m"}, "unknown model_type 'x\\ny\\x1b[0m'"),
         ({"model_type": None}, "model_type must be one of bert, gpt2, llama, mistral, qwen2, roberta; got null"),
         ({"model_type": ["llama"]}, "got a list of 1"),

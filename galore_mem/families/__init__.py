@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from galore_mem.errors import unknown
-from galore_mem.spec.model import Block, Heads
+from galore_mem.spec.model import Block, BufferSpec, Heads
 
 if TYPE_CHECKING:
     from galore_mem.families.base import FamilyConfig
@@ -33,6 +33,7 @@ class Family(Protocol):
 
     - `Config`: the keys of config.json that decide memory, checked (`galore_mem.families.base`).
     - `blocks(config)`: the rows of `named_parameters()`, in transformers' order, tied parameters once.
+    - `buffers(config)`: the rows of `named_buffers()`, in each release of transformers that is modelled.
     - `heads(config)`: the attention geometry.
     - `forward(net, input_ids, labels)`: the model's forward pass with its loss, on sizes; returns the loss and the
       tensors that the model's output object holds besides it.
@@ -42,6 +43,8 @@ class Family(Protocol):
     def Config(self) -> type[FamilyConfig]: ...  # noqa: N802 - a class, as each family names it
 
     def blocks(self, config: Any, /) -> tuple[Block, ...]: ...
+
+    def buffers(self, config: Any, /) -> tuple[BufferSpec, ...]: ...
 
     def heads(self, config: Any, /) -> Heads: ...
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from galore_mem.dtypes import INT64
 from galore_mem.families.base import (
     Activation,
     Dropout,
@@ -30,7 +31,7 @@ from galore_mem.memory import ops
 from galore_mem.memory.blocks import activation, language_model_loss
 from galore_mem.memory.network import Network
 from galore_mem.memory.tape import Tensor
-from galore_mem.spec.model import Block, Heads, ParamSpec, Role
+from galore_mem.spec.model import Block, BufferSpec, Heads, ParamSpec, Role
 
 
 class EncoderConfig(FamilyConfig):
@@ -81,6 +82,18 @@ def heads(config: EncoderConfig) -> Heads:
     """Every query head has its own key and value head."""
     count = config.num_attention_heads
     return Heads(config.hidden_size, count, count, config.hidden_size // count)
+
+
+def buffers(config: Config) -> tuple[BufferSpec, ...]:
+    return position_buffers(config, "bert")
+
+
+def position_buffers(config: EncoderConfig, model: str) -> tuple[BufferSpec, ...]:
+    """What stands for position and token-type ids that are not given: one number for each position."""
+    positions = (1, config.max_position_embeddings)
+    return tuple(
+        BufferSpec(f"{model}.embeddings.{name}", positions, INT64) for name in ("position_ids", "token_type_ids")
+    )
 
 
 def blocks(config: Config) -> tuple[Block, ...]:

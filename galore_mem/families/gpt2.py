@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from galore_mem.dtypes import INT64
+from galore_mem.dtypes import BOOL, INT64
 from galore_mem.families.base import (
     Activation,
     Dropout,
@@ -27,9 +27,10 @@ from galore_mem.families.base import (
 )
 from galore_mem.memory import ops
 from galore_mem.memory.blocks import activation, attention, causal_mask, language_model_loss, split_heads
+from galore_mem.memory.cache import Cache, cache
 from galore_mem.memory.network import Network
 from galore_mem.memory.tape import Tensor
-from galore_mem.spec.model import Block, Heads, ParamSpec, Role
+from galore_mem.spec.model import Block, BufferSpec, Heads, ParamSpec, Role
 
 
 class Config(FamilyConfig):
@@ -101,26 +102,39 @@ def blocks(config: Config) -> tuple[Block, ...]:
     return Block(embeddings), Block(layer, repeat=config.n_layer), Block(tail)
 
 
+def buffers(config: Config) -> tuple[BufferSpec, ...]:
+    """None since transformers 5; before, each attention has a causal mask of all positions and the number that is put
+    where it hides something, though only eager attention of older releases reads them (modeling_gpt2.py of 4.57.6)."""
+    positions = config.n_positions
+    return (
+        BufferSpec("transformer.h.{i}.attn.bias", (1, 1, positions, positions), BOOL, releases=("4.57",)),
+        BufferSpec("transformer.h.{i}.attn.masked_bias", (), None, releases=("4.57",)),
+    )
+
+
 # -- forward pass, on sizes (transformers 5.23, models/gpt2/modeling_gpt2.py) --------------------------
 
 
 def forward(net: Network, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """GPT2LMHeadModel.forward: (loss, logits kept by the output object)."""
-    hidden_states = _decoder(net, input_ids)
-    return language_model_loss(net, partial(net.linear, "lm_head"), hidden_states, labels, causal=True)
+    """GPT2LMHeadModel.forward: (loss, logits, keys and values kept by the output object)."""
+    past_key_values = cache(net)
+    hidden_states = _decoder(net, input_ids, past_key_values)
+    loss, logits = language_model_loss(net, partial(net.linear, "lm_head"), hidden_states, labels, causal=True)
+    return loss, logits if past_key_values is None else (*logits, *past_key_values.held)
 
 
-def _decoder(net: Network, input_ids: Tensor) -> Tensor:
+def _decoder(net: Network, input_ids: Tensor, past_key_values: Cache | None) -> Tensor:
     config = net.config
     inputs_embeds = net.embedded(ops.embedding(net.weight("transformer.wte.weight"), input_ids))
     position_ids = net.tape.empty((1, input_ids.shape[1]), INT64)
     position_embeds = ops.embedding(net.weight("transformer.wpe.weight"), position_ids)
     hidden_states = ops.add(inputs_embeds, position_embeds)
-    mask = causal_mask(net, inputs_embeds)
+    mask = causal_mask(net, inputs_embeds, cached=past_key_values is not None)
     hidden_states = ops.dropout(hidden_states, config["embd_pdrop"])
     for i in net.layers():
         # the layer receives position_ids too, so a checkpointed layer keeps them
-        hidden_states = net.checkpoint(partial(_layer, net, f"transformer.h.{i}", mask, position_ids), hidden_states)
+        layer = partial(_layer, net, f"transformer.h.{i}", mask, position_ids, past_key_values)
+        hidden_states = net.checkpoint(layer, hidden_states)
     return _norm(net, "transformer.ln_f", hidden_states)
 
 
@@ -128,10 +142,17 @@ def _norm(net: Network, path: str, x: Tensor) -> Tensor:
     return ops.layer_norm(x, net.weight(f"{path}.weight"), net.weight(f"{path}.bias"))
 
 
-def _layer(net: Network, path: str, mask: Tensor | None, position_ids: Tensor, hidden_states: Tensor) -> Tensor:
+def _layer(
+    net: Network,
+    path: str,
+    mask: Tensor | None,
+    position_ids: Tensor,
+    past_key_values: Cache | None,
+    hidden_states: Tensor,
+) -> Tensor:
     residual = hidden_states
     hidden_states = _norm(net, f"{path}.ln_1", hidden_states)
-    attn_output, _weights = _self_attention(net, f"{path}.attn", mask, hidden_states)
+    attn_output, _weights = _self_attention(net, f"{path}.attn", mask, past_key_values, hidden_states)
     hidden_states = ops.add(attn_output, residual)
     residual = hidden_states
     hidden_states = _norm(net, f"{path}.ln_2", hidden_states)
@@ -140,7 +161,7 @@ def _layer(net: Network, path: str, mask: Tensor | None, position_ids: Tensor, h
 
 
 def _self_attention(
-    net: Network, path: str, mask: Tensor | None, hidden_states: Tensor
+    net: Network, path: str, mask: Tensor | None, past_key_values: Cache | None, hidden_states: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     config = net.config
     fused = net.linear(f"{path}.c_attn", hidden_states)
@@ -148,6 +169,8 @@ def _self_attention(
     del fused
     key, value = split_heads(key, net.head_dim), split_heads(value, net.head_dim)
     query = split_heads(query, net.head_dim)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value)
     output, weights = attention(net, query, key, value, mask, dropout=config["attn_pdrop"])
     output = ops.contiguous(ops.reshape(output, *hidden_states.shape[:-1], -1))
     output = net.linear(f"{path}.c_proj", output)

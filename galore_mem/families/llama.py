@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from galore_mem.dtypes import INT64
+from galore_mem.dtypes import FLOAT32, INT64
 from galore_mem.families.base import (
     Activation,
     Dropout,
@@ -36,9 +36,10 @@ from galore_mem.memory.blocks import (
     rotary,
     split_heads,
 )
+from galore_mem.memory.cache import Cache, cache
 from galore_mem.memory.network import Network
 from galore_mem.memory.tape import Tensor
-from galore_mem.spec.model import Block, Heads, ParamSpec, Role
+from galore_mem.spec.model import Block, BufferSpec, Heads, ParamSpec, Role
 
 
 class DecoderConfig(FamilyConfig):
@@ -97,6 +98,16 @@ def blocks(config: Config) -> tuple[Block, ...]:
     return decoder_blocks(config, qkv_bias=attention, o_bias=attention, mlp_bias=mlp)
 
 
+def buffers(config: DecoderConfig) -> tuple[BufferSpec, ...]:
+    """LlamaRotaryEmbedding: the frequencies, float32 in every model, and what they were before a scaling changes them:
+    a copy since transformers 5, before it the same tensor under a second name (modeling_llama.py of 4.57.6)."""
+    frequencies = (heads(config).head_dim // 2,)
+    return (
+        BufferSpec("model.rotary_emb.inv_freq", frequencies, FLOAT32),
+        BufferSpec("model.rotary_emb.original_inv_freq", frequencies, FLOAT32, releases=("5.23",)),
+    )
+
+
 def decoder_blocks(config: DecoderConfig, *, qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> tuple[Block, ...]:
     """Embedding, identical layers, final norm, and the head unless it is the embedding itself."""
     hidden = config.hidden_size
@@ -135,20 +146,22 @@ def decoder_layer(config: DecoderConfig, *, qkv_bias: bool, o_bias: bool, mlp_bi
 
 
 def forward(net: Network, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """LlamaForCausalLM.forward: (loss, logits kept by the output object)."""
-    hidden_states = _decoder(net, input_ids)
-    return language_model_loss(net, partial(net.linear, "lm_head"), hidden_states, labels, causal=True)
+    """LlamaForCausalLM.forward: (loss, logits, keys and values kept by the output object)."""
+    past_key_values = cache(net, net.config.get("sliding_window"))
+    hidden_states = _decoder(net, input_ids, past_key_values)
+    loss, logits = language_model_loss(net, partial(net.linear, "lm_head"), hidden_states, labels, causal=True)
+    return loss, logits if past_key_values is None else (*logits, *past_key_values.held)
 
 
-def _decoder(net: Network, input_ids: Tensor) -> Tensor:
+def _decoder(net: Network, input_ids: Tensor, past_key_values: Cache | None) -> Tensor:
     inputs_embeds = net.embedded(ops.embedding(net.weight("model.embed_tokens.weight"), input_ids))
-    mask = causal_mask(net, inputs_embeds, net.config.get("sliding_window"))
+    mask = causal_mask(net, inputs_embeds, net.config.get("sliding_window"), cached=past_key_values is not None)
     hidden_states = inputs_embeds
     position_ids = net.tape.empty((1, input_ids.shape[1]), INT64)
     cos, sin = rotary(hidden_states, net.head_dim)
     for i in net.layers():
         # the layer receives position_ids too, so a checkpointed layer keeps them
-        layer = partial(_layer, net, f"model.layers.{i}", mask, cos, sin, position_ids)
+        layer = partial(_layer, net, f"model.layers.{i}", mask, cos, sin, position_ids, past_key_values)
         hidden_states = net.checkpoint(layer, hidden_states)
     return rms_norm(hidden_states, net.weight("model.norm.weight"))
 
@@ -160,11 +173,12 @@ def _layer(
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor,
+    past_key_values: Cache | None,
     hidden_states: Tensor,
 ) -> Tensor:
     residual = hidden_states
     hidden_states = rms_norm(hidden_states, net.weight(f"{path}.input_layernorm.weight"))
-    hidden_states, _weights = _self_attention(net, f"{path}.self_attn", mask, cos, sin, hidden_states)
+    hidden_states, _weights = _self_attention(net, f"{path}.self_attn", mask, cos, sin, past_key_values, hidden_states)
     hidden_states = ops.add(residual, hidden_states)
     residual = hidden_states
     hidden_states = rms_norm(hidden_states, net.weight(f"{path}.post_attention_layernorm.weight"))
@@ -173,12 +187,20 @@ def _layer(
 
 
 def _self_attention(
-    net: Network, path: str, mask: Tensor | None, cos: Tensor, sin: Tensor, hidden_states: Tensor
+    net: Network,
+    path: str,
+    mask: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    past_key_values: Cache | None,
+    hidden_states: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     query = split_heads(net.linear(f"{path}.q_proj", hidden_states), net.head_dim)
     key = split_heads(net.linear(f"{path}.k_proj", hidden_states), net.head_dim)
     value = split_heads(net.linear(f"{path}.v_proj", hidden_states), net.head_dim)
     query, key = apply_rotary(query, key, cos, sin)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value)
     dropout = net.config.get("attention_dropout", 0.0)
     output, weights = attention(net, query, key, value, mask, dropout=dropout, upcast=True)
     output = ops.reshape(output, *hidden_states.shape[:-1], -1)

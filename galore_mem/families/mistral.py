@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from galore_mem.families.base import Positions, Size
-from galore_mem.families.llama import DecoderConfig, decoder_blocks, forward, heads
+from galore_mem.families.llama import DecoderConfig, buffers, decoder_blocks, forward, heads
 from galore_mem.spec.model import Block
 
-__all__ = ["Config", "blocks", "forward", "heads"]
+__all__ = ["Config", "blocks", "buffers", "forward", "heads"]
 
 
 class Config(DecoderConfig):

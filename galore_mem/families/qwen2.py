@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import model_validator
 
 from galore_mem.families.base import Positions, integer
-from galore_mem.families.llama import DecoderConfig, decoder_blocks, forward, heads
+from galore_mem.families.llama import DecoderConfig, buffers, decoder_blocks, forward, heads
 from galore_mem.spec.model import Block
 
-__all__ = ["Config", "blocks", "forward", "heads"]
+__all__ = ["Config", "blocks", "buffers", "forward", "heads"]
 
 
 LayerType = Literal["full_attention", "sliding_attention"]

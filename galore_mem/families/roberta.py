@@ -10,15 +10,15 @@ from functools import partial
 from typing import ClassVar
 
 from galore_mem.families.base import embedding, linear, norm
-from galore_mem.families.bert import EncoderConfig, encoder_layer, heads
+from galore_mem.families.bert import EncoderConfig, encoder_layer, heads, position_buffers
 from galore_mem.families.encoder import classification_dropout, encode, first_token, layer_norm
 from galore_mem.memory import ops
 from galore_mem.memory.blocks import language_model_loss
 from galore_mem.memory.network import Network
 from galore_mem.memory.tape import Tensor
-from galore_mem.spec.model import Block, ParamSpec, Role
+from galore_mem.spec.model import Block, BufferSpec, ParamSpec, Role
 
-__all__ = ["Config", "blocks", "heads"]
+__all__ = ["Config", "blocks", "buffers", "heads"]
 
 
 class Config(EncoderConfig):
@@ -37,6 +37,10 @@ def blocks(config: Config) -> tuple[Block, ...]:
     layers = Block(encoder_layer(config, "roberta.encoder.layer.{i}"), repeat=config.num_hidden_layers)
     head = _classifier(config) if config.architecture == "RobertaForSequenceClassification" else _masked_lm(config)
     return Block(embeddings), layers, Block(head)
+
+
+def buffers(config: Config) -> tuple[BufferSpec, ...]:
+    return position_buffers(config, "roberta")
 
 
 def _masked_lm(config: Config) -> tuple[ParamSpec, ...]:

@@ -25,10 +25,13 @@ class Stack(NamedTuple):
 
     `causal_mask_with_sdpa`: a causal mask is built for sdpa although `is_causal` would do (4.57:
     masking_utils.py, find_packed_sequence_indices always returns a tensor when no attention mask is given);
-    then sdpa gets a mask, and keys and values are repeated for grouped queries.
+    then sdpa gets a mask, and keys and values are repeated for grouped queries. Not when there is a cache.
+    `window_lengths`: the cache of a layer with a sliding window has its length as a tensor (cache_utils.py,
+    DynamicSlidingWindowLayer).
     """
 
     causal_mask_with_sdpa: bool
+    window_lengths: bool
 
 
 class Torch(NamedTuple):
@@ -40,7 +43,10 @@ class Torch(NamedTuple):
 
 TORCH = {"2.13": Torch(efficient_groups=False), "2.14": Torch(efficient_groups=True)}
 
-STACKS = {"4.57": Stack(causal_mask_with_sdpa=True), "5.23": Stack(causal_mask_with_sdpa=False)}
+STACKS = {
+    "4.57": Stack(causal_mask_with_sdpa=True, window_lengths=False),
+    "5.23": Stack(causal_mask_with_sdpa=False, window_lengths=True),
+}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": ops.silu,
@@ -94,18 +100,21 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return q_embed, k_embed
 
 
-def causal_mask(net: Network, inputs_embeds: Tensor, sliding_window: int | None = None) -> Tensor | None:
+def causal_mask(
+    net: Network, inputs_embeds: Tensor, sliding_window: int | None = None, *, cached: bool = False
+) -> Tensor | None:
     """masking_utils.py, create_causal_mask without an attention mask: None where the kernel is told `is_causal`.
 
     Eager attention gets an additive mask (batch, 1, length, length) in the model's format, made from a boolean one;
-    sdpa gets the boolean one if the version builds it, or if a sliding window is shorter than the sequence.
+    sdpa gets the boolean one if the version builds it, or if a sliding window is shorter than the sequence. `cached`:
+    there is a cache for keys and values.
     """
     length, batch = inputs_embeds.shape[1], inputs_embeds.shape[0]
     attention, tape = net.setup.attention, net.tape
     windowed = sliding_window is not None and length >= sliding_window
     if attention == "flash":
         return None
-    if attention == "sdpa" and not windowed and not STACKS[net.setup.transformers].causal_mask_with_sdpa:
+    if attention == "sdpa" and not windowed and (cached or not STACKS[net.setup.transformers].causal_mask_with_sdpa):
         return None
     with tape.no_grad():
         shape = (1, 1, length, length)

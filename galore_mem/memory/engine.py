@@ -57,20 +57,22 @@ class Parameter:
         """Takes over the gradient in `grads` or copies it, when there is none yet; otherwise adds it in place.
 
         It is taken over if nothing else refers to it and it lies in memory as the weight does; a view is, and
-        keeps its whole storage alive (accumulate_grad.h, accumulateGrad). The hook runs with both still there.
+        keeps its whole storage alive (accumulate_grad.h, accumulateGrad). When the hook runs, nothing else holds what
+        came (accumulate_grad.cpp, AccumulateGrad_apply_impl, which has returned).
         """
+        tensors, _ = _owners(grads, 0)
+        grad, grads[0] = grads[0], None
+        if grad is None:
+            return
         if self.grad is None:
-            tensors, _ = _owners(grads, 0)
-            grad = grads[0]
-            if grad is None:
-                return
             if tensors == _SOLE_OWNER[0] and _obeys_layout(grad, self.weight):
                 grad.storage.move(GRADIENTS)
                 self.grad = grad.detach()
             else:
                 strides = self.weight.strides if is_dense(*self.weight.layout) else None
                 self.grad = grad.tape.empty(grad.shape, grad.dtype, GRADIENTS, strides)
-        if self.hook is not None and grads[0] is not None:
+        del grad
+        if self.hook is not None:
             self.hook(self)
 
 

@@ -33,7 +33,7 @@ def mm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         node = tape.node("MmBackward", (x, weight), saved, backward_mm)
     else:
         node = tape.node("AddmmBackward", (bias, x, weight), saved, backward_addmm)
-    out = tape.empty((x.shape[0], weight.shape[1]), x.dtype)
+    out = tape.multiplied(tape.empty((x.shape[0], weight.shape[1]), x.dtype))
     tape.bind(node, out)
     return out
 
@@ -44,9 +44,10 @@ def _by_columns(t: Tensor) -> bool:
 
 def _product(grad: Tensor, shape: Shape, by_columns: bool) -> Tensor:
     """A new matrix; one that lies by columns is the transpose of a product."""
+    tape = grad.tape
     if not by_columns:
-        return grad.tape.empty(shape, grad.dtype)
-    return grad.tape.empty(shape[::-1], grad.dtype).like(shape, (1, shape[0]))
+        return tape.multiplied(tape.empty(shape, grad.dtype))
+    return tape.multiplied(tape.empty(shape[::-1], grad.dtype)).like(shape, (1, shape[0]))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -119,11 +120,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
     def backward(saved: Kept, grads: Incoming) -> Grads:
         dtype = first(grads).dtype
-        grad_b = tape.empty(shape_b, dtype) if for_b else None
-        return tape.empty(shape_a, dtype) if for_a else None, grad_b
+        grad_b = tape.multiplied(tape.empty(shape_b, dtype)) if for_b else None
+        return tape.multiplied(tape.empty(shape_a, dtype)) if for_a else None, grad_b
 
     saved = ((b,) if for_a else ()) + ((a,) if for_b else ())
     node = tape.node("BmmBackward", (a, b), saved, backward)
-    out = tape.empty((a.shape[0], a.shape[1], b.shape[2]), a.dtype)
+    out = tape.multiplied(tape.empty((a.shape[0], a.shape[1], b.shape[2]), a.dtype))
     tape.bind(node, out)
     return out

@@ -21,6 +21,7 @@ from galore_mem.spec.model import ModelSpec, ParamSpec, is_target
 from galore_mem.units import round_up
 
 BEFORE, AFTER = "before", "after"
+ADAPTER = ".lora_"  # in the names of what peft adds
 
 
 class Prepared(NamedTuple):
@@ -88,6 +89,13 @@ def place(tape: Tape, stored: Stored) -> Tensor:
     return Tensor(storage, stored.shape, stored.grad or stored.dtype, requires_grad=stored.grad is not None)
 
 
+class Turn(NamedTuple):
+    """A backward pass of a layer-wise update: does the step renew projectors, and is it the last before that step?"""
+
+    refresh: bool = False
+    last: bool = True
+
+
 class Network:
     """Parameters on a tape. `trained` lists what the optimizer will see, in its order; layers share an entry's
     `Trained`, whose name has `{i}` for the layer's number."""
@@ -103,17 +111,31 @@ class Network:
         self.trained: list[tuple[Trained, Parameter, int | str]] = []
         self.adapters: list[Parameter] = []  # trained beside a frozen weight: put on the model after it was loaded
         self.waiting: list[Callable[[], None]] = []  # of late hooks, the update that the next one makes
+        self.stage, self.turn = 0, Turn()  # which pass of several it is
         self._stored: dict[str, list[Parameter]] = {}
         self._linear: dict[str, tuple[str, Layer]] = {}
+        self._rows: dict[str, tuple[Prepared, list[Parameter]]] = {}
         self._inputs: Parameter | None = None
         self._boundaries: list[int] = []
         self._segments: list[int | str] = []
         for row, number, layer in layout.rows(layers):
             self._add(row, row.spec.name.replace("{i}", number), layer)
+        fmt = setup.recipe.weights
+        self._registered = [
+            tape.empty(row.shape, row.dtype or fmt, WEIGHTS)
+            for row in model.registered(setup.transformers)
+            for _ in range(layers if row.in_each_layer else 1)
+        ]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the tensors that the model registers beside its parameters."""
+        return sum(t.storage.nbytes for t in self._registered)
 
     def _add(self, row: Prepared, name: str, layer: int | str) -> None:
         self._linear[name] = row.kind, row.layer
         found = self._stored[name] = []
+        self._rows[name] = row, found
         for stored, trained in row.tensors:
             parameter = Parameter(name + stored.suffix, place(self.tape, stored))
             found.append(parameter)
@@ -121,6 +143,15 @@ class Network:
                 self.trained.append((trained, parameter, layer))
                 if row.tensors[0][1] is None:
                     self.adapters.append(parameter)
+
+    def named(self) -> dict[int, tuple[str, DType]]:
+        """Names and formats of parameters by the numbers of their storages. What belongs to a quantized weight has its
+        name."""
+        return {
+            parameter.weight.storage.number: (name + (stored.suffix if ADAPTER in stored.suffix else ""), stored.dtype)
+            for name, (row, parameters) in self._rows.items()
+            for (stored, _), parameter in zip(row.tensors, parameters, strict=True)
+        }
 
     # -- what families call --------------------------------------------------------------------------
 
@@ -167,7 +198,7 @@ class Network:
 
     def enter(self, phase: str, where: int | str) -> None:
         """From here on the program is in this part of the model; backward finds its way by it."""
-        self.tape.mark(phase, 0, where)
+        self.tape.mark(phase, self.stage, where)
         self._boundaries.append(self.tape.sequence)
         self._segments.append(where)
 

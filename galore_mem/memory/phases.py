@@ -11,11 +11,11 @@ at full depth to the byte (`tests/test_phases.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from galore_mem.memory.network import AFTER, BEFORE, Forward, Layout, Network, States, place
+from galore_mem.memory.network import AFTER, BEFORE, Forward, Layout, Network, States, Turn, place
 from galore_mem.memory.tape import (
     GRADIENTS,
     OPTIMIZER_STATE,
@@ -28,7 +28,7 @@ from galore_mem.memory.tape import (
     Tape,
     Tensor,
 )
-from galore_mem.methods.base import Implementation, Job, Slot, Slots
+from galore_mem.methods.base import PENDING, Implementation, Job, Slot, Slots
 from galore_mem.setup import Setup
 from galore_mem.spec.model import ModelSpec
 
@@ -76,8 +76,9 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """The highest moment of each phase; what is still alive after backward besides weights, gradients and optimizer
-    state (workspaces; the model's output if the loop keeps it); the attention kernels that ran."""
+    """The highest moment of each phase; what is still alive after backward besides parameters, their gradients and
+    optimizer state (the model's buffers; workspaces; its output if the loop keeps that); the attention kernels that
+    ran."""
 
     peaks: Mapping[str, Moment]
     retained: Bytes = NOTHING
@@ -161,20 +162,26 @@ def _train(work: Work, layout: Layout, layers: int, refresh: bool) -> Run:
     network = Network(tape, layout, layers, setup)
     tape.mark("load", 0, "all")
     tape.mark("ready", 0, "all")  # what exists before a step in steady state, and is in no phase of its own
+    kept = setup.keep_gradients or (setup.gradient_accumulation > 1 and not setup.waits)
     for _, parameter, _ in network.trained:
-        if setup.keep_gradients or setup.gradient_accumulation > 1:
+        if kept:
             parameter.grad = tape.empty(parameter.weight.shape, parameter.weight.dtype, GRADIENTS)
     resident = workspaces(work, tape)
+    network.turn = Turn(refresh)
     if setup.layerwise:
-        resident += hook(work, network, layout.states, lambda: refresh)
-    before: list[Tensor] = []
+        resident += hook(work, network, layout.states)
+    held: list[Tensor] = []
     if setup.keep_logits == "next":
-        before += run_pass(work, network, "ready", [])
+        held += run_pass(work, network, "ready", [])
         for _, parameter, _ in network.trained:
-            parameter.grad = parameter.grad if setup.keep_gradients or setup.gradient_accumulation > 1 else None
-    held = run_pass(work, network, "refresh" if refresh else "backward", before)
+            parameter.grad = parameter.grad if kept else None
+    for stage, turn in enumerate(turns(setup, refresh=refresh)):
+        network.stage, network.turn = stage, turn
+        if setup.keep_logits != "next":
+            held.clear()
+        held += run_pass(work, network, "refresh" if refresh else "backward", held)
     # what is held lies there during the step
-    retained = (0, network.inputs_gradient(), 0, tape.live[3], tape.live[4])
+    retained = (network.buffer_bytes, network.inputs_gradient(), 0, tape.live[3], tape.live[4])
     del resident, held
     return Run(dict(tape.peaks), retained, frozenset(tape.kernels))
 
@@ -205,7 +212,7 @@ def _backward(network: Network, loss: Tensor, phase: str) -> None:
     """Runs backward, marking where in the model it is."""
     tape = network.tape
     position: int | str = AFTER
-    tape.mark(phase, 0, position)
+    tape.mark(phase, network.stage, position)
 
     def follow(node: Node) -> None:
         nonlocal position
@@ -213,7 +220,7 @@ def _backward(network: Network, loss: Tensor, phase: str) -> None:
             here = network.where(node.sequence)
             if here != position:
                 position = here
-                tape.mark(phase, 0, position)
+                tape.mark(phase, network.stage, position)
 
     tape.backward(loss, follow)
 
@@ -232,23 +239,37 @@ def workspaces(work: Work, tape: Tape) -> list[Storage]:
     return [tape.bytes(size) for _ in range(CUBLAS_WORKSPACES)]
 
 
-def hook(work: Work, network: Network, states: States, refresh: Callable[[], bool]) -> list[Storage]:
-    """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has one; `refresh` says
-    whether the step renews its projector. Returns what the optimizer keeps beside the states of each parameter."""
+def turns(setup: Setup, *, refresh: bool) -> Iterator[Turn]:
+    """The passes of a step that differ: the first, one between, the last. An update that does not wait has one."""
+    for left in reversed(range(min(setup.gradient_accumulation, 3) if setup.waits else 1)):
+        yield Turn(refresh, last=not left)
+
+
+def hook(work: Work, network: Network, states: States, *, lazily: bool = False) -> list[Storage]:
+    """Layer-wise update: each parameter is stepped, and its gradient freed, as soon as it has all of it, which the
+    network's turn says. Returns what the optimizer keeps beside the states of each parameter. `lazily`: these are not
+    there before the parameter's first step, as at the start of a run."""
     tape, master = network.tape, work.job.recipe.master
     waiting = network.waiting
     for trained, parameter, layer in network.trained:
         slot = Slot(tape, trained, layer, parameter.weight, None)
         if master is not None:
             slot.weight = tape.empty(trained.shape, master, OPTIMIZER_STATE)
-        states.give(slot)
+        if not lazily:
+            states.give(slot)
 
         def step(parameter: Parameter, slot: Slot = slot) -> None:
             slot.grad, parameter.grad = parameter.grad, None
+            if not network.turn.last:
+                parameter.grad = _awaited(work, slot, network.turn.refresh or not slot.state)
+                slot.grad = None
+                return
             with tape.no_grad():
+                if not slot.state:
+                    states.give(slot)
                 if master is not None:  # the optimizer works on a gradient in the master copy's format
                     slot.grad = tape.empty(slot.param.shape, master)
-                work.code.step(Slots(tape, [slot], None), work.job, refresh())
+                work.code.step(Slots(tape, [slot], None), work.job, network.turn.refresh)
             slot.grad = None
 
         def late(parameter: Parameter, step: Callable[[Parameter], None] = step) -> None:
@@ -258,6 +279,20 @@ def hook(work: Work, network: Network, states: States, refresh: Callable[[], boo
 
         parameter.hook = late if work.code.late else step
     return [tape.bytes(b.nbytes, OPTIMIZER_STATE) for b in work.code.shared(work.job)]
+
+
+def _awaited(work: Work, slot: Slot, refresh: bool) -> Tensor | None:
+    """What is left of a gradient that is not complete: itself, or nothing where its low-rank form joins the sum of
+    those before. A projector is renewed from the whole of it."""
+    compress = work.code.compresses
+    assert compress is not None, "it steps in every backward pass"
+    low = None if refresh else compress(slot, work.job)
+    if low is None:
+        return slot.grad
+    if PENDING not in slot.state:  # else it is added in place
+        low.storage.move(OPTIMIZER_STATE)
+        slot.state[PENDING] = low
+    return None
 
 
 # -- the optimizer's step --------------------------------------------------------------------------

@@ -81,7 +81,8 @@ class Peak:
 class Log:
     """Every event of a program in order, as `galore_mem.simulate.trace.Trace` has them: the number of a storage that is
     made, the complement of one that goes; sizes and categories by number (the last but `temporaries` that a storage
-    had); where phases begin. `called` says what a phase is called (None: as it is)."""
+    had); where phases begin. `called` says what a phase is called (None: as it is); `stored` are the names and formats
+    of the model's tensors, by number."""
 
     def __init__(self) -> None:
         self.events: list[int] = []
@@ -89,6 +90,7 @@ class Log:
         self.categories: list[int] = []
         self.marks: list[tuple[int, str]] = []
         self.called: str | None = None
+        self.stored: dict[int, tuple[str, DType]] = {}
 
     def born(self, nbytes: int, category: int) -> int:
         """The storage's number; -1 of one without bytes, which no allocator sees."""
@@ -124,6 +126,9 @@ class Tape:
         self.frame: Packer | None = None
         self.log: Log | None = None  # every event, where it was asked for
         self.kernels: set[str] = set()  # attention kernels that ran
+        self.workspace = 0  # bytes that a thread's first matrix product takes for the library (0: it has them already)
+        self._workspaces: dict[bool, Storage] = {}  # by whether it is autograd's thread
+        self._in_backward = False
         self.leaves: WeakValueDictionary[Node, Parameter] = WeakValueDictionary()
         self._peak = Peak(0, (0, 0, 0, 0, 0))
         self.mark("start", 0, "start")
@@ -164,6 +169,18 @@ class Tape:
     def bytes(self, n: int, category: int = TEMPORARIES) -> Storage:
         """n raw bytes (a kernel's workspace)."""
         return Storage(self, -(-n // self.granularity) * self.granularity, category)
+
+    def multiplied(self, product: Tensor) -> Tensor:
+        """A matrix product that has its storage, hence runs. cuBLAS keeps a workspace for each handle, and each thread
+        has a handle of its own (cuda/CublasHandlePool.cpp); backward runs in a thread of autograd's."""
+        if self.workspace and self._in_backward not in self._workspaces:
+            self._workspaces[self._in_backward] = self.bytes(self.workspace)
+        return product
+
+    def close(self) -> None:
+        """Logs no more, and lets go of what libraries keep."""
+        self.log = None
+        self._workspaces.clear()
 
     # -- graph -------------------------------------------------------------------------------------
 
@@ -221,5 +238,7 @@ class Tape:
 
     def backward(self, loss: Tensor, on_node: Callable[[Node], None] | None = None) -> None:
         """Runs the graph of `loss` backward; gradients end in the parameters' `grad`."""
+        self._in_backward = True
         with self.no_grad():
             run_backward(self, loss, on_node)
+        self._in_backward = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from galore_mem.memory.network import Network
-from galore_mem.memory.phases import Work, hook, run_pass, run_step, workspaces
+from galore_mem.memory.phases import Work, cublas_workspace, hook, run_pass, run_step, turns
 from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, Log, Storage, Tape, Tensor
 from galore_mem.methods.base import Slot, Slots
 
@@ -25,18 +25,22 @@ def whole(work: Work) -> Log:
     tape.mark("load", 0, "all")
     network = Network(tape, layout, work.model.num_layers, setup)
     log.events = _loaded(log.events, network)
+    log.stored = network.named()
     log.called = FIRST
     tape.mark(FIRST, 0, "all")
-    kept: list[Storage] = workspaces(work, tape)
-    name = FIRST
+    tape.workspace = cublas_workspace(setup) if setup.device == "cuda" else 0
+    kept: list[Storage] = []
     if setup.layerwise:
-        kept += hook(work, network, layout.states, lambda: name == "refresh")
+        kept += hook(work, network, layout.states, lazily=True)
     slots: list[Slot] = []
     held: list[Tensor] = []
     for name in (FIRST, "step", "refresh") if work.code.refreshes else (FIRST, "step"):
-        log.called = FIRST if name == FIRST else None
-        backward = "refresh" if name == "refresh" and setup.layerwise else "backward"
-        for _ in range(min(setup.gradient_accumulation, MICRO)):
+        renews = name == "refresh"
+        # with whole gradients in it, a forward pass of such a step is no plain one
+        log.called = FIRST if name == FIRST else "refresh" if renews and setup.waits else None
+        backward = "refresh" if renews and setup.layerwise else "backward"
+        alike = 1 if setup.layerwise else min(setup.gradient_accumulation, MICRO)
+        for network.turn in [*turns(setup, refresh=renews)] * alike:
             if setup.keep_logits != "next":
                 held.clear()
             held += run_pass(work, network, backward, held)
@@ -53,7 +57,7 @@ def whole(work: Work) -> Log:
             network.dropped()
     log.called = END
     tape.mark(END, 0, "all")
-    tape.log = None  # what goes when this returns is no part of the run
+    tape.close()  # what goes when this returns is no part of the run
     return log
 
 

@@ -22,7 +22,7 @@ from math import prod
 from galore_mem.dtypes import BOOL, DType, at_least_float32
 from galore_mem.memory.tape import Shape, Tensor
 from galore_mem.methods import adam_mini_peers as peers
-from galore_mem.methods.base import Buffer, Citation, Implementation, Job, Method, Slot, Slots, Trained
+from galore_mem.methods.base import Buffer, Citation, Implementation, Job, Method, Slot, Slots, Trained, kept_whole
 from galore_mem.methods.eager import norm
 from galore_mem.partition import Partition, partition
 
@@ -115,7 +115,8 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="galore-mem", version="galore-mem", source="galore_mem/optim",
-            state=state, step=step, equations={"other": "m·n + rows (query, key: heads; bias: 2·n; norm: n + 1)"},
+            state=state, step=step, compresses=kept_whole,
+            equations={"other": "m·n + rows (query, key: heads; bias: 2·n; norm: n + 1)"},
         ),
         peers.OFFICIAL,
         peers.PYTORCH_OPTIMIZER,

@@ -152,5 +152,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ),
-    projects=True,
 )  # fmt: skip

@@ -29,5 +29,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(UPDATE_PROJ_GAP, apollo.PROJ),
-    projects=True,
 )  # fmt: skip

@@ -22,7 +22,7 @@ from galore_mem.memory.tape import GRADIENTS, OPTIMIZER_STATE, WEIGHTS, Shape, T
 from galore_mem.setup import Recipe
 from galore_mem.spec.model import Heads, ParamSpec, Role
 
-PAPER = "paper"
+PENDING = "pending"  # of a slot's state: the low-rank gradients of the micro-batches so far, summed
 MOST = 2**31 - 1  # of any hyperparameter
 
 
@@ -234,6 +234,8 @@ SharedRule = Callable[[Job], tuple[Buffer, ...]]
 StoreRule = Callable[[ParamSpec, bool, Job], tuple[Stored, ...]]
 # step(slots, job, refresh): `refresh` is a step that also renews projectors (or merges adapters)
 StepProgram = Callable[[Slots, Job, bool], None]
+# what is kept of a micro-batch's gradient in its stead (None: the gradient itself)
+Compression = Callable[[Slot, Job], Tensor | None]
 
 
 def dense(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:
@@ -244,6 +246,10 @@ def dense(row: ParamSpec, projected: bool, job: Job) -> tuple[Stored, ...]:
 def nothing_shared(job: Job) -> tuple[Buffer, ...]:
     """No tensors besides those of each parameter."""
     return ()
+
+
+def kept_whole(slot: Slot, job: Job) -> None:
+    """Gradients stay as they are until the last micro-batch."""
 
 
 def no_temporaries(slots: Slots, job: Job, refresh: bool) -> None:
@@ -262,6 +268,8 @@ class Implementation:
     grow with the model (one run then tells every depth; a test holds it to that). `late` says that its hook of a
     layer-wise update comes before a gradient is stored, and updates the parameter before: two gradients are alive.
     `one_each` says that a layer-wise update takes an optimizer for each parameter, with what it shares of its own.
+    `compresses` is what a layer-wise update keeps of a gradient that is not complete, where it waits for several
+    backward passes (None: it steps in every one).
     """
 
     name: str
@@ -277,6 +285,7 @@ class Implementation:
     layerwise: bool = True
     late: bool = False
     one_each: bool = False
+    compresses: Compression | None = None
     equations: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     not_counted: tuple[str, ...] = ()
@@ -295,9 +304,12 @@ class Method:
     paper: Implementation
     implementations: tuple[Implementation, ...]
     hyperparameters: tuple[Hyperparameter, ...] = ()
-    projects: bool = False
-    variants: tuple[str, ...] = ()
     always_layerwise: bool = False
+
+    @property
+    def projects(self) -> bool:
+        """Are some parameters treated apart, in a space of low rank?"""
+        return "projected" in self.paper.equations
 
     def implementation(self, name: str | None) -> Implementation:
         """The implementation of this name (None: the default). Raises `InputError`."""
@@ -314,7 +326,7 @@ UPDATE_PROJ_GAP = Hyperparameter("update_proj_gap", 200, "steps between two refr
 
 
 __all__ = [
-    "GRADIENTS", "OPTIMIZER_STATE", "PAPER", "RANK", "UPDATE_PROJ_GAP", "WEIGHTS",
+    "GRADIENTS", "OPTIMIZER_STATE", "PENDING", "RANK", "UPDATE_PROJ_GAP", "WEIGHTS",
     "Buffer", "Citation", "Hyperparameter", "Implementation", "Job", "Method", "Slot", "Slots", "Stored", "Trained",
-    "dense", "no_temporaries", "nothing_shared",
+    "dense", "kept_whole", "no_temporaries", "nothing_shared",
 ]  # fmt: skip

@@ -104,5 +104,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
-    projects=True,
 )  # fmt: skip

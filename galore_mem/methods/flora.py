@@ -30,6 +30,7 @@ from galore_mem.methods.base import (
     Slot,
     Slots,
     Trained,
+    kept_whole,
 )
 from galore_mem.methods.eager import as_float32, mean
 from galore_mem.methods.galore_adafactor import factors, in_range, means, normalized, own, widened
@@ -206,6 +207,7 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="galore-mem", version="galore-mem", source="galore_mem/optim", state=state, step=step, refreshes=True,
+            compresses=kept_whole,
             equations={
                 "projected": "n·r, and n + m at 4 bytes (m·n in place of n·r where r is m)",
                 "other": "m·n, and n + m at 4 bytes",
@@ -223,5 +225,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, BETA1, KAPPA),
-    projects=True,
 )  # fmt: skip

@@ -146,7 +146,8 @@ def state_paper(p: Trained, job: Job) -> tuple[Buffer, ...]:
 
 OURS = Implementation(
     name="galore-mem", version="galore-mem", source="galore_mem/optim",
-    state=state, step=step, refreshes=True, equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
+    state=state, step=step, refreshes=True, compresses=projection.compressed,
+    equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
 )  # fmt: skip
 GALORE_TORCH = Implementation(
     name="galore-torch", version="galore-torch 1.0", source="galore_torch/adamw.py, galore_torch/galore_projector.py",
@@ -174,5 +175,4 @@ METHOD = Method(
     paper=Implementation("paper", "arXiv:2403.03507", "table 1: mr + 2nr", state_paper, equations=EQUATIONS),
     implementations=(OURS, randomized(OURS, step), GALORE_TORCH, PYTORCH_OPTIMIZER),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
-    projects=True,
 )

@@ -32,5 +32,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE, OVERSAMPLING, POWER_ITERATIONS),
-    projects=True,
 )  # fmt: skip

@@ -127,7 +127,7 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="galore-mem", version="galore-mem, bitsandbytes 0.50.2", source="galore_mem/optim",
-            state=state, step=step, shared=lookup_tables, refreshes=True,
+            state=state, step=step, shared=lookup_tables, refreshes=True, compresses=projection.compressed,
             equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
         GALORE_TORCH,
@@ -138,5 +138,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
-    projects=True,
 )  # fmt: skip

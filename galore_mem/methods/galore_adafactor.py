@@ -192,7 +192,8 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="galore-mem", version="galore-mem", source="galore_mem/optim",
-            state=state, step=step, refreshes=True, equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
+            state=state, step=step, refreshes=True, compresses=projection.compressed,
+            equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
         Implementation(
             name="galore-torch", version="galore-torch 1.0", source="galore_torch/adafactor.py",
@@ -202,5 +203,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE, BETA1),
-    projects=True,
 )  # fmt: skip

@@ -33,6 +33,7 @@ from galore_mem.methods.base import (
     Slot,
     Slots,
     Trained,
+    kept_whole,
 )
 from galore_mem.methods.projection import PROJ_TYPE, added, applies, factor, low_shape, lowered, sides
 from galore_mem.methods.randomized import randomized
@@ -111,6 +112,7 @@ def _ours(approach: int) -> Implementation:
     return Implementation(
         name="galore-mem", version="galore-mem", source="galore_mem/optim",
         state=partial(state, approach=approach), step=partial(step, approach=approach), refreshes=True,
+        compresses=projection.compressed if approach == 1 else kept_whole,  # a mean of squares is not linear
         equations={
             "projected": f"m·r + n·r + {values} at 4 bytes",
             "other": "m·n + rows at 4 bytes (query, key: heads; bias: n; norm: 1)",
@@ -134,8 +136,6 @@ def _method(approach: int) -> Method:
         ),
         implementations=(ours, randomized(ours, partial(step, approach=approach))),
         hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
-        projects=True,
-        variants=("galore-mini-1", "galore-mini-2") if approach == 3 else (),
     )  # fmt: skip
 
 

@@ -78,5 +78,4 @@ METHOD = Method(
     ),
     implementations=under_peft(store, "lora", EQUATIONS),
     hyperparameters=(RANK,),
-    projects=True,
 )  # fmt: skip

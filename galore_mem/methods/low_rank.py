@@ -57,5 +57,4 @@ METHOD = Method(
     ),
     implementations=tuple(trained_by(code) for code in (adamw.FOREACH, adamw.FUSED, adamw.LOOP)),
     hyperparameters=(RANK,),
-    projects=True,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from galore_mem.dtypes import FLOAT32, DType
 from galore_mem.errors import InputError, unknown
 from galore_mem.memory.tape import OPTIMIZER_STATE, Shape, Tensor
-from galore_mem.methods.base import Buffer, Hyperparameter, Job, Slot, Slots, Trained
+from galore_mem.methods.base import PENDING, Buffer, Hyperparameter, Job, Slot, Slots, Trained
 from galore_mem.methods.svd import full_svd
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -106,7 +106,19 @@ def moments(p: Trained, job: Job, dtype: DType) -> tuple[Buffer, Buffer]:
 
 
 def lowered(slot: Slot, job: Job, dtype: DType) -> Tensor:
-    """The low-rank gradient; `full` goes through r x cols."""
+    """The low-rank gradient; what micro-batches before have left is added to it, and goes."""
+    low = _product(slot, job, dtype)
+    slot.state.pop(PENDING, None)
+    return low
+
+
+def compressed(slot: Slot, job: Job) -> Tensor | None:
+    """The low-rank gradient of a micro-batch, which is kept in the place of the gradient: projection is linear."""
+    return _product(slot, job, slot.param.dtype) if applies(slot.param) else None
+
+
+def _product(slot: Slot, job: Job, dtype: DType) -> Tensor:
+    """The gradient times the projector; `full` goes through r x cols."""
     p = slot.param
     half = slot.new((job.r(p), p.shape[1]), dtype) if len(sides(p, job)) == 2 else None
     return slot.new(low_shape(p, job), dtype, half)

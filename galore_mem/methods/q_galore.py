@@ -113,6 +113,14 @@ def step(slots: Slots, job: Job, refresh: bool, apply: Callable[[Slot, Job, Tens
         del projector, update
 
 
+def compressed(slot: Slot, job: Job) -> Tensor | None:
+    """The low-rank gradient of a micro-batch, by the projector in the gradient's format."""
+    projector = unpacked(slot, job) if applies(slot.param) else None
+    low = projection.compressed(slot, job)
+    del projector
+    return low
+
+
 def renew(slot: Slot, job: Job) -> None:
     """SVD; the kept columns; their products with the old ones; then codes, packed."""
     p = slot.param
@@ -166,16 +174,15 @@ METHOD = Method(
         Implementation(
             name="galore-mem", version="galore-mem, bitsandbytes 0.50.2", source="galore_mem/optim",
             state=state, step=step, shared=lookup_tables, store=store, linear="int8", refreshes=True,
-            equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
+            compresses=compressed, equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
         Implementation(
             name="galore-mem-float-weights", version="galore-mem, bitsandbytes 0.50.2", source="galore_mem/optim",
-            state=state, step=partial(step, apply=added), shared=lookup_tables, refreshes=True,
+            state=state, step=partial(step, apply=added), shared=lookup_tables, refreshes=True, compresses=compressed,
             equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
             notes=("without quantize_linears: the weights keep the recipe's format",),
         ),
         q_galore_torch.PACKAGE,
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
-    projects=True,
 )  # fmt: skip

@@ -103,5 +103,4 @@ METHOD = Method(
         for code in under_peft(store, "nf4", EQUATIONS)
     ),
     hyperparameters=(RANK, DOUBLE_QUANT),
-    projects=True,
 )  # fmt: skip

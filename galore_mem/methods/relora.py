@@ -123,5 +123,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, RESET),
-    projects=True,
 )  # fmt: skip

@@ -18,8 +18,9 @@ from math import prod
 
 from galore_mem.dtypes import of_squares
 from galore_mem.memory.tape import OPTIMIZER_STATE, Shape, Tensor
-from galore_mem.methods import adamw, galore
+from galore_mem.methods import adamw, galore, projection
 from galore_mem.methods.base import (
+    PENDING,
     RANK,
     UPDATE_PROJ_GAP,
     Buffer,
@@ -72,13 +73,25 @@ def step(slots: Slots, job: Job, refresh: bool) -> None:
         if refresh:
             renew(slot, job)
         full, low = slot.param.shape, core(slot.param, job)
-        core_grad: Tensor | None = None
-        for shape in contractions(full, low):
-            core_grad = slot.new(shape, slot.param.dtype, core_grad)
+        core_grad = contracted(slot, job)
+        slot.state.pop(PENDING, None)  # added to it
         update: Tensor | None = None
         for shape in tuple(contractions(low, full))[:-1]:
             update = slot.new(shape, slot.param.dtype, update)
         del core_grad, update
+
+
+def compressed(slot: Slot, job: Job) -> Tensor | None:
+    """The core of a micro-batch's gradient; of a matrix, its low-rank gradient."""
+    return contracted(slot, job) if decomposes(slot.param) else projection.compressed(slot, job)
+
+
+def contracted(slot: Slot, job: Job) -> Tensor | None:
+    """The gradient with every mode contracted."""
+    result: Tensor | None = None
+    for shape in contractions(slot.param.shape, core(slot.param, job)):
+        result = slot.new(shape, slot.param.dtype, result)
+    return result
 
 
 def contractions(before: Shape, after: Shape) -> Iterator[Shape]:
@@ -191,7 +204,8 @@ METHOD = Method(
     implementations=(
         Implementation(
             name="galore-mem", version="galore-mem", source="galore_mem/optim",
-            state=state, step=step, refreshes=True, equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
+            state=state, step=step, refreshes=True, compresses=compressed,
+            equations=EQUATIONS, not_counted=(SVD_WORKSPACE,),
         ),
         Implementation(
             name="neuraloperator", version="neuraloperator 2.0.0, tensorly 0.10.0",
@@ -207,5 +221,4 @@ METHOD = Method(
         ),
     ),
     hyperparameters=(RANK, UPDATE_PROJ_GAP, PROJ_TYPE),
-    projects=True,
 )  # fmt: skip

@@ -34,6 +34,11 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if not isinstance(model_type, str):
         given = f"got {shown(model_type)}" if "model_type" in config else "it is missing"
         raise InputError(f"{source}: model_type must be one of {', '.join(FAMILIES)}; {given}")
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"{source}: unknown model_type {shown(model_type)}; known: {', '.join(FAMILIES)}; galore-mem simulate "
+            "knows all of transformers' causal and masked models"
+        )
     if config.get("quantization_config"):
         raise InputError(f"{source}: quantization_config: only models with unquantized weights are described")
     try:
@@ -48,6 +53,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         family=model_type,
         blocks=chosen.blocks(checked),
         heads=chosen.heads(checked),
+        buffers=chosen.buffers(checked),
         config=checked.model_dump(),
         source=source,
     )

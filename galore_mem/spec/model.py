@@ -8,6 +8,7 @@ from enum import StrEnum
 from math import prod
 from typing import Any, NamedTuple
 
+from galore_mem.dtypes import DType
 from galore_mem.errors import InputError
 
 Shape = tuple[int, ...]
@@ -52,6 +53,25 @@ class ParamSpec:
         return self.name.rpartition(".")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class BufferSpec:
+    """A tensor that the model registers beside its parameters: a row of `named_buffers()`, with `{i}` in its name where
+    each layer has one.
+
+    It is neither trained nor stored in the optimizer's format: `dtype` is its own, or None where it has the format the
+    model is made in. `releases` of transformers register it; empty: all of them.
+    """
+
+    name: str
+    shape: Shape
+    dtype: DType | None
+    releases: tuple[str, ...] = ()
+
+    @property
+    def in_each_layer(self) -> bool:
+        return "{i}" in self.name
+
+
 class Block(NamedTuple):
     """Parameter rows that repeat `repeat` times, one after another, with `{i}` counting from `start`."""
 
@@ -81,16 +101,21 @@ class ModelSpec:
     `blocks` expand, in order, to exactly the rows of `named_parameters()` (tied parameters once, under
     the name that transformers keeps). `family` names the entry of `galore_mem.families` that can run
     the model's forward pass on sizes alone; it is None when only shapes are known (a safetensors header
-    without a config), and then activations cannot be counted. `config` holds the Hugging Face keys.
+    without a config), and then activations cannot be counted, nor `buffers`. `config` holds the Hugging Face keys.
     """
 
     name: str
     family: str | None
     blocks: tuple[Block, ...]
     heads: Heads | None = None
+    buffers: tuple[BufferSpec, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+
+    def registered(self, release: str) -> Iterator[BufferSpec]:
+        """The buffers that the model has under this release of transformers."""
+        return (row for row in self.buffers if not row.releases or release in row.releases)
 
     def parameters(self) -> Iterator[ParamSpec]:
         """Every row of `named_parameters()`, in its order."""
