@@ -2,10 +2,11 @@
 
     python benchmarks/recordings.py > docs/recordings.md
 
-Traces the equivalent of each recorded run (tests/recorded_runs.py) at its full depth and replays it through the
-allocator's model. Peaks are compared with figures taken from the recordings; each event with the recordings themselves,
-where this machine has them (the environment variable GALORE_MEM_CUDA_TRACES, or ../shared/data/cuda_traces). Exit code
-1 if a peak is farther off than 0.1 % allocated or 1 % reserved, or an out-of-memory error is not where it was.
+Simulates the equivalent of each recorded run (tests/recorded_runs.py) at its full depth, as `galore-mem simulate
+--model module:function` does. Peaks are compared with figures taken from the recordings; each event with the recordings
+themselves, where this machine has them (the environment variable GALORE_MEM_CUDA_TRACES, or
+../shared/data/cuda_traces). Exit code 1 if a peak is farther off than 0.1 % allocated or 1 % reserved, or an
+out-of-memory error is not where it was.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from recorded_runs import (
     Failure,
     Peaks,
     Run,
-    failed_at,
     peaks,
+    peaks_of,
     recorded_steps,
     replayed,
+    simulated,
     steps_of,
-    traced,
+    trace_of,
 )
 
-from galore_mem.allocator.device import Addresses, AscendingAddresses
 from galore_mem.allocator.oom import format_size
-from galore_mem.simulate.addresses import DriverAddresses
+from galore_mem.simulate.device import PLATFORMS
 from galore_mem.simulate.trace import Trace
 from galore_mem.units import MIB
 
@@ -54,8 +55,9 @@ ran on real GPUs, as part of Stanford's course CS336:
 - `niu_*`: <https://github.com/NiuHuangxiaozi/assignment2-systems>, 23 million parameters, torch 2.6;
 - `lin_*`: <https://github.com/LINYUNLinYun/CS336-assignment2-systems>, 3.4 billion parameters, torch 2.11.
 
-The models' equivalents in `tests/recorded_models.py` were traced here without values, and the events replayed through
-`galore_mem.allocator`, from the start of the process: for `lin_*` through five steps before the recorded one.
+The models' equivalents in `tests/recorded_models.py`, and their authors' loops around them (`tests/recorded_runs.py`),
+ran here without values as programs of one's own ([own.md](own.md)): from the start of the process, for `lin_*` through
+five steps before the recorded one.
 
 *Events* are allocations and releases in the recorded window, *equal* those of the same size at the same place in the
 order. Peaks are of that window, in MiB, *recorded* as a replay of the recording on its own addresses has them.
@@ -66,7 +68,7 @@ TABLE = """
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 EXCEPTIONS = """
-Exceptions, and what was given:
+Exceptions and assumptions:
 
 - With autocast (`amp`, `bf16`) C++ drops the casts it has kept, at the end of a region, in the order of a hash table of
   addresses. All of them go, but in an order that nothing can predict; where the recording is of a forward pass they are
@@ -128,11 +130,11 @@ def rows() -> Iterator[Row]:
     for run in RUNS:
         print(f"{run.name:40}", end="\r", file=sys.stderr, flush=True)
         begin = time.perf_counter()
-        found = traced(run)
-        said = peaks(replayed(found, run.addresses()))
+        made = simulated(run)
         seconds = time.perf_counter() - begin
-        other: Addresses = AscendingAddresses() if run.second else DriverAddresses()
-        yield Row(run, said, peaks(replayed(found, other)), seconds, equal(found, run))
+        (other,) = PLATFORMS.keys() - {run.platform}
+        found = trace_of(made)
+        yield Row(run, peaks_of(made), peaks(replayed(found, PLATFORMS[other]())), seconds, equal(found, run))
 
 
 def error(said: int, recorded: int) -> str:
@@ -166,15 +168,13 @@ def show_other(row: Row) -> str:
 
 def show_failure(run: Run, message: Failure) -> tuple[bool, str]:
     print(f"{run.name:40}", end="\r", file=sys.stderr, flush=True)
-    found = traced(run)
-    result = replayed(found, run.addresses(), message.capacity)
-    failure = result.out_of_memory
+    failure = simulated(run, capacity=message.capacity).refusal
     if failure is None:
         return False, line(
             run.name, "nothing: it fits", f"{message.asked} MiB", "", "", message.allocated, "", message.unallocated
         )
-    operation = failed_at(found, result)
-    said = format_size(failure.allocated), format_size(failure.unallocated)
+    operation = failure.place.operation
+    said = format_size(failure.allocated), format_size(failure.reserved - failure.allocated)
     fine = (
         failure.tried == message.asked * MIB
         and said == (message.allocated, message.unallocated)

@@ -1,11 +1,12 @@
-"""Large models under `galore-mem simulate`: LLaMA-7B beside PyTorch's MemTracker, and the largest public models.
+"""`galore-mem simulate` of large models, of LLaMA-7B beside PyTorch's MemTracker, of every model type of transformers.
 
     pip install '.[test]'
-    python benchmarks/simulate.py [--only large memtracker] [--again [WORD ...]]
+    python benchmarks/simulate.py [--only large memtracker families] [--again [WORD ...]] [--jobs N]
 
-Both parts are timed: give them a quiet machine. What has been run is in a record (benchmarks/simulate.jsonl) and is not
-run again; `--again` runs it anew. The document (docs/simulate.md) is written from the record at the end; `--only` with
-no part only writes it. (How right the simulation is, beside real runs and the estimate: `python benchmarks/accuracy`.)
+The first two parts are timed: give them a quiet machine. What has been run is in a record (benchmarks/simulate.jsonl)
+and is not run again; `--again` runs it anew. The document (docs/simulate.md) is written from the record at the end;
+`--only` with no part only writes it. (How right the simulation is with other methods and formats, beside real runs and
+the estimate: `python benchmarks/accuracy`.)
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "accuracy"))
 
-import simulate_large  # noqa: E402  # torch, which is imported below, reads the environment
-from record import Part, good, read, run, tidy  # noqa: E402
+import families  # noqa: E402  # torch, which is imported below, reads the environment
+import simulate_large  # noqa: E402
+from record import Part, good, part_of, read, run, tidy  # noqa: E402
 from simulate_report import document  # noqa: E402
 
 PARTS = {
     "large": Part({str(one): one for one in simulate_large.LARGE}, lambda one: simulate_large.simulated(*one), True),
     "memtracker": Part({"loop": False, "foreach": True}, simulate_large.mem_tracker, True),
+    "families": part_of(families),
 }
 
 
@@ -35,8 +38,9 @@ def main() -> None:
     parser.add_argument("--again", nargs="*", metavar="WORD")
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "simulate.jsonl")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "simulate.md")
+    parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
-    run({name: PARTS[name] for name in given.only}, given.record, jobs=1, again=given.again)
+    run({name: PARTS[name] for name in given.only}, given.record, jobs=given.jobs, again=given.again)
     wanted = [(name, key) for name, part in PARTS.items() for key in part.tasks]
     tidy(given.record, wanted)
     lines = read(given.record)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from errors import percent, table, text
+from families_report import families
 from record import VERSIONS, Line
 
 from galore_mem.memory.tensor import CATEGORIES
@@ -19,11 +20,13 @@ WORKSPACES = 2 * 8_519_680  # bytes of cuBLAS, which MemTracker does not know
 def document(lines: Sequence[Line], wanted: Mapping[str, int]) -> str:
     """Every number in it is from the record."""
     by_part = {name: [one for one in lines if one["part"] == name] for name in wanted}
-    parts = ["# Large models, simulated", head(lines, by_part, wanted)]
+    parts = ["# Simulated: large models, and every model type", head(lines, by_part, wanted)]
     if by_part["large"]:
         parts += large(by_part["large"])
     if by_part["memtracker"]:
         parts += memtracker(by_part["memtracker"], by_part["large"])
+    if by_part["families"]:
+        parts += families(by_part["families"])
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 

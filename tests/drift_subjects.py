@@ -17,11 +17,11 @@ from simulate_models import CONFIGS, EAGER
 from torch import Tensor, nn
 
 from galore_mem.optim import GaLoreAdafactor, GaLoreAdamW
+from galore_mem.releases import modeled
 from galore_mem.setup import TORCH, TRANSFORMERS, Setup, recipe
 from galore_mem.simulate.quiet import quiet
 from galore_mem.simulate.session import META, TraceMeter, trace
 from galore_mem.simulate.subjects.models import config_of, default_head
-from galore_mem.verify.predict import modelled
 
 BATCH, LENGTH = 2, 24
 RECIPES = ("fp32", "pure-bf16", "amp-bf16")
@@ -63,7 +63,7 @@ def train_step(
     """What forward leaves in a small model, and what backward allocates."""
     setup = Setup(
         recipe(fmt), BATCH, LENGTH, attention, gradient_checkpointing=checkpoint,
-        torch=modelled("torch", TORCH), transformers=modelled("transformers", TRANSFORMERS),
+        torch=modeled("torch", TORCH), transformers=modeled("transformers", TRANSFORMERS),
     )  # fmt: skip
 
     def program(meter: TraceMeter) -> None:
@@ -96,6 +96,7 @@ def model_of(family: str, setup: Setup) -> Any:
     with META:
         fmt = getattr(torch, setup.recipe.weights.name)
         model = kind.from_config(config, dtype=fmt, attn_implementation=setup.attention)
+    model.to(META)  # what functions make that ask no device (torch.normal)
     model.train()
     model.config.use_cache = False
     if setup.gradient_checkpointing:
@@ -159,7 +160,7 @@ OPTIMIZERS: dict[str, tuple[Factory, int]] = {  # and how many steps differ from
 
 def steps(make: Factory, count: int, fmt: str) -> Parts:
     """What an optimizer's steps allocate, over two matrices and their biases."""
-    setup = Setup(recipe(fmt), torch=modelled("torch", TORCH), transformers=modelled("transformers", TRANSFORMERS))
+    setup = Setup(recipe(fmt), torch=modeled("torch", TORCH), transformers=modeled("transformers", TRANSFORMERS))
 
     def program(meter: TraceMeter) -> None:
         meter.enter("load")

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from allocator_recordings import real_traces
 from recorded_models import First, FirstAdam, Second, Sizes, first_loss, last_rows, second_loss
 
-from galore_mem.allocator.device import Addresses, AscendingAddresses, Device
-from galore_mem.allocator.events import Alloc, Event, Free, Mark
+from galore_mem.allocator.device import Addresses, Device
+from galore_mem.allocator.events import Alloc
 from galore_mem.allocator.expandable import new_allocator
 from galore_mem.allocator.replay import ReplayResult, replay
 from galore_mem.allocator.snapshot import read_snapshot
+from galore_mem.gpus import DEFAULT_CONTEXT
 from galore_mem.setup import Setup
-from galore_mem.simulate.addresses import DriverAddresses
+from galore_mem.simulate.device import PLATFORMS, requests
 from galore_mem.simulate.repeat import repeated
-from galore_mem.simulate.session import META, TraceMeter, trace
+from galore_mem.simulate.result import Simulation
+from galore_mem.simulate.service import simulate
+from galore_mem.simulate.subjects.load import UserStep
 from galore_mem.simulate.trace import Trace
 from galore_mem.units import parse_bytes
 
@@ -27,6 +31,7 @@ FIRST = Sizes(width=512, inner=1344, layers=4, heads=16, positions=256)
 SECOND = Sizes(width=2560, inner=10_240, layers=32, heads=32, positions=0)  # as many positions as the run needs
 RECORDED = "recorded"  # the phase that a recording is of
 CUDA = Setup(device="cuda")
+Phase = Callable[[str], Any]  # tells that a phase of this name begins
 
 
 class Peaks(NamedTuple):
@@ -54,16 +59,21 @@ class Run:
         sizes = SECOND._replace(positions=self.length) if self.second else FIRST
         return sizes._replace(layers=self.layers or sizes.layers)
 
-    def program(self, meter: TraceMeter) -> None:
-        (second if self.second else first)(self, meter)
+    def program(self) -> Callable[[Phase], None]:
+        """What `module:function` would return."""
+        return partial(second if self.second else first, self)
 
     def region(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", torch.bfloat16) if self.autocast else nullcontext()
 
+    @property
+    def platform(self) -> str:
+        """Whose driver hands out addresses: the first recordings' segments lie one above the other from 0x502000000 on
+        (as under Windows and its subsystem for Linux), the second's are Linux'."""
+        return "linux" if self.second else "windows"
+
     def addresses(self) -> Addresses:
-        """As the recorded platform's driver hands them out: the first recordings' segments lie one above the other from
-        0x502000000 on (as under Windows and its subsystem for Linux), the second's are Linux'."""
-        return DriverAddresses() if self.second else AscendingAddresses()
+        return PLATFORMS[self.platform]()
 
 
 RUNS = {
@@ -129,14 +139,14 @@ FAILURES = {
 # -- the programs -----------------------------------------------------------------------------------------
 
 
-def first(run: Run, meter: TraceMeter) -> None:
+def first(run: Run, phase: Phase) -> None:
     """Three passes from the start of the process; what a pass makes lives until the next has made its own."""
-    meter.enter(RECORDED)
-    with META:
+    phase(RECORDED)
+    with torch.device("cuda"):
         model = First(run.sizes)
     optimizer = FirstAdam(model.parameters()) if run.trains else None
-    ids = torch.randint(0, 10_000, (10, run.length), device="cpu").to(META)
-    targets = torch.randint(0, 10_000, (10,), device="cpu").to(META) if run.trains else None
+    ids = torch.randint(0, 10_000, (10, run.length)).to("cuda")
+    targets = torch.randint(0, 10_000, (10,)).to("cuda") if run.trains else None
     for _ in range(3):
         if optimizer is None:
             with run.region():
@@ -148,15 +158,13 @@ def first(run: Run, meter: TraceMeter) -> None:
         loss = first_loss(last, targets)
         loss.backward()
         optimizer.step()
-    meter.enter("end")
+    phase("end")
 
 
-def second(run: Run, meter: TraceMeter) -> None:
+def second(run: Run, phase: Phase) -> None:
     """The recording is of the step after some. One that only computes does so without gradients."""
-    meter.enter("load")
-    with META:
-        model = Second(run.sizes)
-    ids, targets = (torch.randint(0, 10_000, (4, run.length), device=META) for _ in range(2))
+    model = Second(run.sizes).to("cuda")
+    ids, targets = (torch.randint(0, 10_000, (4, run.length), device="cuda") for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
@@ -168,23 +176,43 @@ def second(run: Run, meter: TraceMeter) -> None:
             loss.backward()
             optimizer.step()
 
-    meter.enter("warm-up")
+    phase("warm-up")
     for _ in range(run.warm):
         step()
-    meter.enter(RECORDED)
+    phase(RECORDED)
     step()
-    meter.enter("end")
+    phase("end")
 
 
 # -- tracing and comparing --------------------------------------------------------------------------------
 
 
-def traced(run: Run) -> Trace:
-    """What the run's equivalent allocates, from its start to the end of what is recorded."""
-    found = trace(run.program, CUDA).trace
+def simulated(run: Run, *, platform: str | None = None, capacity: int | None = None) -> Simulation:
+    """The run's equivalent as `galore-mem simulate --model module:function` has it. `capacity`: bytes of a card for the
+    allocator (None: as many as it takes)."""
+    gpu = None if capacity is None else f"{capacity + DEFAULT_CONTEXT.context}B"
+    step = UserStep(run.name, run.program)
+    result = simulate(step, setup=CUDA, gpu=gpu, platform=platform or run.platform, keep_run=True)
+    return result.estimates[0]
+
+
+def peaks_of(made: Simulation) -> Peaks:
+    """Of the recorded phase."""
+    found = next(phase for phase in made.phases if phase.name == RECORDED)
+    assert found.reserved_bytes is not None
+    return Peaks(found.allocated_bytes, found.reserved_bytes)
+
+
+def trace_of(made: Simulation) -> Trace:
+    """What it allocates, from its start to the end of what is recorded."""
+    assert made.run is not None
+    found = made.run.trace
     end = next(mark.at for mark in found.marks if mark.phase == "end")
-    found.events, found.marks = found.events[:end], found.marks[:-1]
-    return found
+    return replace(found, events=found.events[:end], marks=found.marks[:-1])
+
+
+def traced(run: Run) -> Trace:
+    return trace_of(simulated(run))
 
 
 def extended(run: Run) -> Trace:
@@ -193,16 +221,8 @@ def extended(run: Run) -> Trace:
     return repeated([traced(replace(run, layers=n)) for n in shallow], run.sizes.layers - shallow[0])
 
 
-def events(found: Trace) -> Iterator[Event]:
-    marks = {mark.at: mark.phase for mark in found.marks}
-    for at, event in enumerate(found.events):
-        if at in marks:
-            yield Mark(marks[at])
-        yield Alloc(event, found.allocations[event].nbytes) if event >= 0 else Free(~event)
-
-
 def replayed(found: Trace, addresses: Addresses, capacity: int | None = None) -> ReplayResult:
-    return replay(events(found), allocator=new_allocator(None, Device(capacity, addresses=addresses)))
+    return replay(requests(found), new_allocator(None, Device(capacity, addresses=addresses)))
 
 
 def peaks(result: ReplayResult) -> Peaks:
@@ -214,7 +234,7 @@ def peaks(result: ReplayResult) -> Peaks:
 def failed_at(found: Trace, result: ReplayResult) -> str:
     """The operation whose request could not be served."""
     assert result.out_of_memory_at is not None
-    event = list(events(found))[result.out_of_memory_at]
+    event = list(requests(found))[result.out_of_memory_at]
     assert isinstance(event, Alloc)
     return found.allocations[event.id].op
 

@@ -63,7 +63,7 @@ def simulation(
     setup = setup or Setup()
     target["settings"] = parse_settings(target.pop("alloc_conf", ""))
     bare = Simulation(
-        method=method, title="by hand", implementation="torch-foreach", convention="implementation", hyperparameters={},
+        method=method, implementation="torch-foreach", convention="implementation", hyperparameters={},
         layerwise=setup.layerwise, weights_bytes=0, gradients_bytes=0, optimizer_state_bytes=0, phases=(),
         outside_allocator_bytes=0, fits=None, assumptions=("it was written by hand",), not_counted=("nothing",),
         confidence=confidence,
@@ -83,7 +83,7 @@ def result(*runs: Simulation, gpu: str | None = None, **setup: Any) -> SimulateR
     shown = {
         "recipe": "pure-bf16", "batch_size": 1, "seq_len": 64, "attention": "sdpa", "gradient_checkpointing": False,
         "loss": "eager", "layerwise": False, "keep_gradients": False, "keep_logits": "none", "use_cache": False,
-        "gradient_accumulation": 1,
+        "load": "to-device", "gradient_accumulation": 1,
         "transformers": "5.23.0", "torch": "2.13.0", "device": "cuda", "target": None, "gpu": gpu, "allocator": "",
         "full": True, **setup,
     }  # fmt: skip

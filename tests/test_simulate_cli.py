@@ -52,6 +52,7 @@ def test_json(model: str, tmp_path: Path) -> None:
     out = tmp_path / "answer.json"
     invoke(
         "--model", model, "--method", "galore", "--rank", "8", "--set", "proj_type=left", "--batch-size", "2",
+        "--update-proj-gap", "50",
         "--seq-len", "16", "--gradient-checkpointing", "--points", "20", "--alloc-conf", "expandable_segments:True",
         "--format", "json", "--output", str(out),
     )  # fmt: skip
@@ -61,7 +62,7 @@ def test_json(model: str, tmp_path: Path) -> None:
     assert (setup["batch_size"], setup["seq_len"], setup["gradient_checkpointing"]) == (2, 16, True)
     assert setup["allocator"] == "expandable_segments:True"
     [made] = data["estimates"]
-    assert (made["hyperparameters"]["rank"], made["hyperparameters"]["proj_type"]) == (8, "left")
+    assert made["hyperparameters"] == {"rank": 8, "update_proj_gap": 50, "proj_type": "left"}
     assert len(made["timeline"]["at"]) == 20
 
 
@@ -100,11 +101,13 @@ def test_a_step_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--format", "xml"], "unknown format 'xml'"),
         (["--recipe", "fp64"], "unknown recipe 'fp64'"),
         (["--set", "proj_type"], "--set takes name=value"),
+        (["--set", "update_proj_gap=3", "--update-proj-gap", "4"], "update_proj_gap is given twice"),
         (["--alloc-conf", "expandable_segments"], "cannot read allocator setting"),
         (["--gpu", "24"], "--gpu 24 would be a card of 24 B"),
         (["--platform", "os2"], "unknown platform 'os2'; known: linux, windows"),
         (["--timeline", "run.pdf"], "unknown kind of picture"),
         (["--snapshot", "run.pickle"], "name one method"),
+        (["--snapshot", "run.txt"], "cannot write 'run.txt': a snapshot is a .pickle file"),
         (["--points", "20"], "give --format json too"),
         (["--free-logits", "--keep-logits-until", "step"], "contradict each other"),
         (["--method", "sgd", "--rank", "0"], "rank"),

@@ -76,6 +76,96 @@ def test_attention_written_out(dtype: torch.dtype) -> None:
     compare(attend(64, 64, dtype, groups=2, dropout=0.5))
 
 
+def test_an_embedding_whose_gradient_is_a_part_of_another() -> None:
+    """And whose tokens are expanded: both are copied."""
+
+    def program(meter: Any, device: torch.device) -> None:
+        meter.enter("before")
+        tokens = torch.zeros(1, 20, dtype=torch.long, device=device).expand(3, 20)
+        table, other = torch.zeros(50, 8, device=device, requires_grad=True), torch.zeros(3, 20, 24, device=device)
+        grad = torch.ones(3, 20, 32, device=device)
+        meter.enter("here")
+        out = torch.cat((functional.embedding(tokens, table), other), -1)
+        meter.enter("there")
+        out.backward(grad)
+        meter.enter("end")
+
+    compare(program)
+
+
+def hand_written(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A cross-entropy as courses have it: the maximum's derivative scatters, and so does that of picking targets."""
+    shifted = logits - logits.max(-1, keepdim=True).values
+    picked = shifted.gather(1, targets).squeeze(1)
+    return (shifted.exp().sum(-1).log() - picked).mean()
+
+
+SCATTERED: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "picked": lambda t, where: t.detach().gather(1, where),
+    "in place": lambda t, where: t.detach().scatter_(1, where, 1.0),
+    "from a tensor": lambda t, where: t.detach().scatter(1, where, t.detach()[:, :1]),
+    "added": lambda t, where: t.detach().scatter_add_(1, where, t.detach()[:, :1]),
+    "a loss": hand_written,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SCATTERED)
+def test_scattering_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    """It is done in a float32 copy of what is scattered into. (By hand: 24 x 100 numbers of 4 bytes.)"""
+
+    def program(meter: Any, device: torch.device) -> None:
+        meter.enter("before")
+        t = torch.zeros(24, 100, dtype=dtype, device=device, requires_grad=True)
+        where = torch.zeros(24, 1, dtype=torch.long, device=device)
+        meter.enter("here")
+        out = SCATTERED[name](t, where)
+        meter.enter("there")
+        if out.requires_grad:
+            out.backward()
+        meter.enter("end")
+
+    compare(program)
+
+
+CONVOLVED: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "of one dimension": ((2, 6, 40), (8, 6, 3), {"padding": 1}),
+    "with a kernel of one": ((2, 6, 40), (8, 6, 1), {}),
+    "of each channel": ((2, 6, 40), (6, 1, 4), {"groups": 6, "padding": 3}),
+    "of one sequence": ((1, 6, 40), (6, 1, 4), {"groups": 6, "padding": 3}),
+    "of groups": ((2, 8, 40), (12, 4, 3), {"groups": 2}),
+    "of groups, with a kernel of one": ((2, 8, 40), (12, 4, 1), {"groups": 2}),
+    "of two dimensions": ((2, 6, 16, 16), (10, 6, 2, 2), {"stride": 2}),
+    "of the channels of two dimensions": ((2, 6, 20, 10), (6, 1, 5, 1), {"groups": 6, "padding": (2, 0)}),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_convolutions(name: str, swapped: bool) -> None:
+    """`swapped`: the channels come last, as language models have them. (With groups no bias, whose gradient comes at
+    another place there.)"""
+    shape, kernel, options = CONVOLVED[name]
+    if swapped and len(shape) > 3:
+        pytest.skip("images whose channels come last have kernels of their own")
+    call = functional.conv1d if len(shape) == 3 else functional.conv2d
+
+    def program(meter: Any, device: torch.device) -> None:
+        meter.enter("before")
+        t = torch.zeros(shape, device=device, requires_grad=True)
+        if swapped:
+            t = torch.zeros(shape[0], *shape[2:], shape[1], device=device, requires_grad=True).movedim(-1, 1)
+        weight, bias = (torch.zeros(size, device=device, requires_grad=True) for size in (kernel, kernel[:1]))
+        meter.enter("here")
+        out = call(t, weight, None if "groups" in options else bias, **options)
+        grad = torch.ones(out.shape, device=device)
+        meter.enter("there")
+        out.backward(grad)
+        meter.enter("end")
+
+    compare(program)
+
+
 DECOMPOSITIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "qr": torch.linalg.qr,
     "qr of a transposed matrix": lambda t: torch.linalg.qr(t.t()),

@@ -257,7 +257,8 @@ def test_efficient_attention_of_groups() -> None:
 def test_peaks_are_the_estimates(
     capability: tuple[int, int] | None, method: str, implementation: str, fmt: str, options: dict[str, Any]
 ) -> None:
-    """But for scalars and the rotary embedding's buffers of 64 B and less, a block of 512 B each: at most four."""
+    """But for scalars, a block of 512 B each, at most four; QLoRA's codes' table (1,024 B, one for all) is lacking. The
+    estimate has the loss (a block) in the step."""
     passes = {"batch_size": 1, "seq_len": 256, "device": "cuda", **options}
     case = Case("small-llama", method, implementation, TRAIN, fmt, passes, hyperparameters(method))
     said = predict(case, capability, slack=False)
@@ -265,7 +266,8 @@ def test_peaks_are_the_estimates(
     workspaces = CUBLAS_WORKSPACES * cublas_workspace(said.work.setup)
     assert workspaces == (2 * 32 * MIB if capability == (9, 0) else 2 * 8_519_680)
     for phase in ("forward", "backward", "step"):
-        assert 0 <= peaks[phase].total - workspaces - said.sizes.phases[phase] <= 4 * 512
+        loss = 512 if phase == "step" else 0
+        assert 0 <= peaks[phase].total - workspaces - said.sizes.phases[phase] + loss <= 4 * 512
 
 
 # -- addresses ------------------------------------------------------------------------------------------------------

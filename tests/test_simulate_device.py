@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from simulate_traces import MM, UP, card, simulation, step_of_two_layers
 
+from galore_mem.allocator.events import EmptyCache
+from galore_mem.allocator.events import Mark as Begins
 from galore_mem.allocator.settings import parse_settings
 from galore_mem.allocator.snapshot import read_snapshot
 from galore_mem.evidence import CPU, Confidence
@@ -14,14 +18,13 @@ from galore_mem.memory.tape import CATEGORIES
 from galore_mem.memory.tensor import TEMPORARIES
 from galore_mem.setup import Setup
 from galore_mem.simulate import snapshot
-from galore_mem.simulate.device import on_cpu, on_cuda
+from galore_mem.simulate.device import on_cpu, on_cuda, requests
 from galore_mem.simulate.explain import alive, layered, timeline
 from galore_mem.simulate.history import history, named
 from galore_mem.simulate.result import Place
 from galore_mem.simulate.trace import Allocation, Mark, Trace
 from galore_mem.units import MIB
-
-WARM, BETWEEN = "warm-up", "between"
+from galore_mem.verify.case import BETWEEN, WARM
 
 
 def phases_of(*names: str) -> list[str]:
@@ -80,6 +83,13 @@ def test_what_runs_outside_of_modules() -> None:
     assert modules_of(hooks=True) == ["", "(batch)", "(optimizer)", "(optimizer)"]
 
 
+def test_torch_is_not_needed() -> None:
+    """What `estimate --reserved` may use: a trace, its history and its device are data."""
+    program = "import sys, galore_mem.simulate.history, galore_mem.simulate.device; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_the_traced_allocations_stay_as_they_were() -> None:
     trace = step_of_two_layers()
     history(trace)
@@ -120,6 +130,14 @@ def test_slack_lies_with_the_tensor_whose_block_it_is_in() -> None:
     assert run.slack(0) == 22 * MIB - first
     assert run.slack(2) == MIB
     assert run.highest()["load"].live == (0, 0, 0, 0, 22 * MIB)
+
+
+def test_a_cache_that_is_emptied_where_a_phase_begins_is_none_of_it() -> None:
+    """12 MiB are cached when the second phase is about to begin, and go: it needs 14 of its own, not 26."""
+    made = [Allocation(n * MIB, MM, "", "") for n in (12, 14)]
+    found = Trace(512, made, [0, ~0, 1], [Mark(0, "load"), Mark(2, "forward")], emptied=[2])
+    assert list(requests(found))[3:5] == [EmptyCache(), Begins("forward")]
+    assert on_cuda(found, parse_settings("")).most_reserved() == {"load": 12 * MIB, "forward": 14 * MIB}
 
 
 def test_on_the_cpu_nothing_is_kept() -> None:

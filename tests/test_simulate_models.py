@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from simulate_models import CONFIGS, EAGER, config, work
+from simulate_models import CONFIGS, EAGER, SMALL, config, work
 from simulate_runs import measured
 from torch import Tensor, nn
 
@@ -15,8 +17,12 @@ from galore_mem.errors import InputError
 from galore_mem.memory.tensor import OPTIMIZER_STATE, WEIGHTS
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.layers import trace_layers
-from galore_mem.simulate.session import META, Traced, run_step, trace_step, trace_work
+from galore_mem.simulate.programs import run_step, trace_step
+from galore_mem.simulate.session import META, Traced, trace_work
 from galore_mem.simulate.subjects.models import spec_of, stack_of, with_layers
+from galore_mem.simulate.subjects.subject import subject
+from galore_mem.simulate.tracing import branches
+from galore_mem.spec.model import ModelSpec
 from galore_mem.verify.builders import builder
 from galore_mem.verify.workloads import Measured, run_train
 
@@ -46,6 +52,10 @@ WAYS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "deepseek_v3": ("adamw", "torch-loop", "fp32", {"gradient_checkpointing": True}),
     "gpt_oss": ("adamw", "torch-foreach", "pure-bf16", {}),
     "opt": ("adamw", "torch-loop", "fp32", {"layerwise": True}),
+    "falcon": ("adamw", "torch-loop", "fp32", {}),
+    "diffllama": ("adamw", "torch-loop", "pure-bf16", {}),
+    "doge": ("adamw", "torch-loop", "fp32", {"gradient_checkpointing": True}),
+    "afmoe": ("adamw", "torch-loop", "fp32", {}),
 }
 
 
@@ -81,6 +91,7 @@ def nn_of(run: Any) -> nn.Module:
         ({"model_type": "qwen33"}, "unknown model_type 'qwen33'; did you mean qwen3"),
         ({}, "unknown model_type 'None'"),
         (config("qwen3", hidden_size="wide"), "transformers refuses this qwen3 config"),
+        (config("qwen3", layer_types=["full_attention"]), r"refuses this qwen3 config: .* must be equal to the number"),
         (config("opt", num_attention_heads=7), "transformers cannot build this opt: embed_dim must be divisible"),
         ({"model_type": "vit"}, "no causal or masked language model of the family vit"),
     ],
@@ -91,11 +102,56 @@ def test_configs_that_cannot_be(given: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "parameter"),
+    [
+        # variants and heads of families with a twin, which the twin does not describe
+        (config("bert", is_decoder=True, architectures=["BertLMHeadModel"], type_vocab_size=2), "cls.predictions.bias"),
+        (config("roberta", architectures=["RobertaForCausalLM"], type_vocab_size=2), "lm_head.bias"),
+        # a class whose name does not say what it is, and infinity as transformers writes it
+        ({"model_type": "bert-generation", **SMALL, "architectures": ["BertGenerationDecoder"]}, "lm_head.bias"),
+        ({"model_type": "mamba2", **SMALL, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2,
+          "time_step_limit": [0.0, {"__float__": "Infinity"}]}, "backbone.layers.0.mixer.A_log"),
+    ],
+)  # fmt: skip
+def test_configs_by_transformers_own_code(keys: dict[str, Any], parameter: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(keys), encoding="utf-8")
+    found = subject(str(path))
+    assert isinstance(found, ModelSpec)
+    assert parameter in {row.name for row in found.parameters()}
+
+
 @pytest.mark.parametrize("family", EAGER)
 def test_attention_that_a_family_has_not(family: str) -> None:
     run = work(family, attention="sdpa")
     with pytest.raises(InputError, match=f"{family} has no sdpa attention in transformers; give --attention eager"):
         trace_layers(run, builder("adamw", "torch-loop"))
+
+
+def attended(heads: int = 4, **mask: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries of four heads, keys, values and a mask."""
+    q, k, v = torch.zeros(2, 4, 8, 16), torch.zeros(2, heads, 8, 16), torch.zeros(2, heads, 8, 16)
+    return q, k, v, torch.zeros(mask.pop("shape"), **mask) if mask else None
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize(
+    "operands",
+    [
+        attended(), attended(1), attended(2), attended(shape=(8, 8)), attended(shape=(2, 1, 8, 8)),
+        attended(shape=(1, 4, 1, 8), dtype=torch.bool), attended(shape=(2, 8, 8)),
+        attended(shape=(2, 4, 8, 8), requires_grad=True),
+        (*attended()[:2], torch.zeros(2, 4, 16, 8).transpose(-1, -2), None),
+        (*attended()[:2], torch.zeros(2, 4, 8, 8), None),
+    ],
+)  # fmt: skip
+def test_which_attention_the_cpu_takes(operands: Any, gqa: bool) -> None:
+    """torch's own choice: 0 is the math, 1 the fused kernel (SDPBackend)."""
+    q, k, v, mask = operands
+    with branches.on(FP32):
+        said = branches.attention_kernel(q, k, v, mask, 0.0, gqa)
+    assert said == {0: "math", 1: "cpu"}[torch._fused_sdp_choice(q, k, v, mask, 0.0, False, enable_gqa=gqa)]
 
 
 # -- models of one's own -----------------------------------------------------------------------------------------
@@ -185,7 +241,7 @@ def test_a_loss_of_output_and_batch() -> None:
         (build_linear(lambda output, batch: {"logits": output}), "returned dict with logits, where no loss is found"),
         (build_linear(lambda output, batch: None), "returned NoneType, where no loss is found"),
         (build_linear(lambda output, batch: output.sum(), frozen=True), "depends on no parameter that is trained"),
-        (lambda: 3, "must return a torch.nn.Module, a torch.optim.Optimizer and a batch .* it returned int"),
+        (lambda: 3, "must return a torch.nn.Module, a torch.optim.Optimizer .* and a batch .* it returned int"),
         (lambda: (nn.Linear(2, 2), 1, 2), "it returned Linear, int, int"),
     ],
 )
@@ -198,14 +254,10 @@ def test_what_is_no_training_step(build: Callable[[], Any], message: str) -> Non
 # -- what has no values --------------------------------------------------------------------------------------------
 
 QUESTIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "cpu": (lambda x: x.cpu(), "aten._to_copy.default"),
-    "tolist": (lambda x: x.tolist(), "aten._to_copy.default"),
-    "numpy": (lambda x: x.detach().numpy(), "a conversion to numpy"),
     "nonzero": (lambda x: x.nonzero(), "aten.nonzero.default"),
     "unique": (lambda x: x.unique(), "aten._unique2.default"),
     "mask": (lambda x: x[x > 0], "aten.index.Tensor"),
     "bincount": (lambda x: torch.bincount(x.long().flatten()), "aten.bincount.default"),
-    "format": (lambda x: f"{x.sum():.2f}", "the printing of a tensor"),
 }
 
 

@@ -68,7 +68,7 @@ def on_cuda(
     """The run through the caching allocator of a device, `other` bytes of which are taken. `replayed` tells whether it
     could serve all of it; if not, the run is what happened until then."""
     stream = list(requests(trace))
-    result = replay(stream, allocator=new_allocator(settings, card(capacity, other, platform)), timeline=True)
+    result = replay(stream, new_allocator(settings, card(capacity, other, platform)), timeline=True)
     assert result.timeline is not None
     blocks: dict[int, int] = {}
     reserved, before = array("q"), 0
@@ -83,16 +83,17 @@ def on_cuda(
 
 
 def requests(trace: Trace) -> Iterator[Event]:
-    """A trace as the allocator's events."""
+    """A trace as the allocator's events. A cache that is emptied where a phase begins is emptied before it does: what
+    the phase reserves at its highest is without it."""
     emptied = frozenset(trace.emptied)
     phases = iter(trace.marks)
     upcoming = next(phases, None)
     for at, event in enumerate(trace.events):
+        if at in emptied:
+            yield EmptyCache()
         while upcoming is not None and upcoming.at == at:
             yield Begins(upcoming.phase)
             upcoming = next(phases, None)
-        if at in emptied:
-            yield EmptyCache()
         yield Alloc(event, trace.allocations[event].nbytes) if event >= 0 else Free(~event)
 
 

@@ -8,28 +8,20 @@ libraries' workspaces, which exist from the first product on, come after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from galore_mem.allocator.events import Alloc, Event, Free
-from galore_mem.simulate import loads
+from galore_mem.setup import LOADS
+from galore_mem.simulate.loads import Read, loaded
 from galore_mem.simulate.result import FIRST, LOAD
-from galore_mem.simulate.trace import Allocation, Mark, Trace
-from galore_mem.simulate.tracing.tracer import WORKSPACE
-from galore_mem.verify.workloads import BETWEEN, WARM
+from galore_mem.simulate.trace import WORKSPACE, Mark, Trace
+from galore_mem.verify.case import BETWEEN, WARM
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "step"  # the parts of a step
 # what runs outside of every module, by part; in hooks of a layer-wise update, the optimizer runs in backward
 OUTSIDE = {FORWARD: "(batch)", BACKWARD: "(backward)", UPDATE: "(optimizer)"}
 IN_HOOKS = {**OUTSIDE, BACKWARD: "(optimizer)"}
-
-
-class Read(NamedTuple):
-    """Bytes of a number in the format that is read, and peft's release."""
-
-    width: int
-    peft: str
 
 
 class Begins(NamedTuple):
@@ -40,41 +32,24 @@ class Begins(NamedTuple):
     part: str
 
 
-def history(trace: Trace, *, hooks: bool = False, quantized: Read | None = None) -> Trace:
+def history(trace: Trace, *, hooks: bool = False, load: str = LOADS[0], read: Read | None = None) -> Trace:
     """The events and marks of a run from the start of its process. The first mark of a trace is where the model is
     made, the second where the first step begins. What no module allocates is said to be the optimizer's, or whose it
-    is; `hooks`: the optimizer runs in those of a layer-wise update; `quantized`: how a model is read that is quantized
-    meanwhile (None: it is not)."""
+    is; `hooks`: the optimizer runs in those of a layer-wise update; `load`, `read`: as for `loads.loaded`."""
     begin = trace.marks[1].at if len(trace.marks) > 1 else len(trace.events)
-    stays = trace.alive(begin - 1)
-    found = replace(trace, allocations=list(trace.allocations), events=[], marks=[])
-    tensors = [loads.Kept(i, trace.allocations[i]) for i in stays if not trace.allocations[i].kernel]
-    _load(found, loads.to_device(tensors) if quantized is None else loads.quantized(tensors, *quantized))
-    loaded = len(found.events)
-    found.events += [*(i for i in stays if trace.allocations[i].kernel), *trace.events[begin:]]
+    found = replace(trace, allocations=list(trace.allocations), events=[], marks=[], emptied=[])
+    before = loaded(replace(trace, allocations=found.allocations, emptied=found.emptied), begin, load, read)
+    kernels = [i for i in trace.alive(begin - 1) if trace.allocations[i].kernel]
+    found.events += [*before, *kernels, *trace.events[begin:]]
     moved = len(found.events) - len(trace.events)
+    found.emptied += [at + moved for at in trace.emptied if at >= begin]
     steps = [at._replace(at=at.at + moved) for at in named(trace.marks[1:])]
     if steps:
-        steps[0] = steps[0]._replace(at=loaded)
+        steps[0] = steps[0]._replace(at=len(before))
     found.marks += [Mark(0, LOAD), *(Mark(at, phase) for at, phase, _ in steps)]
     if steps:
         _place(found, steps, IN_HOOKS if hooks else OUTSIDE)
     return found
-
-
-def _load(trace: Trace, events: Iterable[Event]) -> None:
-    """Puts a load's events into a trace; what only the load has gets numbers after all others."""
-    numbers: dict[int, int] = {}
-    for event in events:
-        if isinstance(event, Alloc):
-            if event.id >= loads.OWN:
-                numbers[event.id] = len(trace.allocations)
-                trace.allocations.append(Allocation(event.size, "from_pretrained", "(load)", LOAD))
-            trace.events.append(numbers.get(event.id, event.id))
-        elif isinstance(event, Free):
-            trace.events.append(~numbers.get(event.id, event.id))
-        else:
-            trace.emptied.append(len(trace.events))
 
 
 def _place(trace: Trace, steps: Sequence[Begins], outside: Mapping[str, str]) -> None:

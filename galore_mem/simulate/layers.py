@@ -18,7 +18,8 @@ from galore_mem.simulate.repeat import LAYER, Affine, Unlike, repeated
 from galore_mem.simulate.session import Told, Traced, trace_work
 from galore_mem.simulate.subjects.models import Stack, built, spec_of, stack_of, with_layers, work_of
 from galore_mem.verify.builders import Builder, Request, builder
-from galore_mem.verify.workloads import BETWEEN, Measured
+from galore_mem.verify.case import BETWEEN
+from galore_mem.verify.workloads import Measured
 
 ATTEMPTS = 2  # how often with more layers, where what a layer adds was not found
 WHOLE = "every layer was traced"
@@ -30,7 +31,7 @@ Factory = Callable[[nn.Module], Optimizer]
 def trace_layers(work: Work, row: Builder, *, full: bool = False, told: Told = lambda what: None) -> Traced:
     """The training steps of `galore-mem verify` for a model, a method and an implementation. `full`: every layer runs;
     otherwise as few as show what the others do, which the result says (`layers`, `notes`). `told` hears what begins.
-    Raises `InputError`, and `Unsupported` for what cannot be built."""
+    Raises `InputError`, and `CannotRun` for what cannot be built."""
     stack = stack_of(built(work))
     count, why = len(stack.layers), ""
     if not full:

@@ -12,11 +12,20 @@ from typing import NamedTuple
 
 from galore_mem.allocator.events import Alloc, EmptyCache, Event, Free
 from galore_mem.memory.tensor import WEIGHTS
+from galore_mem.setup import LOADS
+from galore_mem.simulate.result import LOAD
 from galore_mem.simulate.trace import Allocation, Trace
 
 OWN = 1 << 40  # numbers from here on are of blocks that only the load has
 TRUNK, ADAPTER, QUANTIZED = "base_model.model.", ".lora_", "uint8"
 EMPTIES_FROM = (0, 20)  # peft: prepare_model_for_kbit_training empties the cache (pull request 3293)
+
+
+class Read(NamedTuple):
+    """How a quantized model is read: bytes of a number in the format that is read, and peft's release."""
+
+    width: int
+    peft: str
 
 
 class Kept(NamedTuple):
@@ -40,6 +49,26 @@ def stays(trace: Trace, begin: int) -> list[Kept]:
     return [Kept(i, trace.allocations[i]) for i in trace.alive(begin - 1)]
 
 
+def loaded(trace: Trace, begin: int, load: str, read: Read | None) -> list[int]:
+    """The events of a model's way to the card (`galore_mem.setup.LOADS`; `read`: it is quantized meanwhile), of which
+    the trace has what stays before event number `begin`, without kernels' own buffers. What only the load has is added
+    to its allocations."""
+    tensors = [one for one in stays(trace, begin) if not one.one.kernel]
+    made: list[int] = []
+    numbers: dict[int, int] = {}
+    for event in quantized(tensors, *read) if read is not None else WAYS[load](tensors):
+        if isinstance(event, Alloc):
+            if event.id >= OWN:
+                numbers[event.id] = len(trace.allocations)
+                trace.allocations.append(Allocation(event.size, "from_pretrained", "(load)", LOAD))
+            made.append(numbers.get(event.id, event.id))
+        elif isinstance(event, Free):
+            made.append(~numbers.get(event.id, event.id))
+        else:
+            trace.emptied.append(len(made))
+    return made
+
+
 def to_device(kept: Sequence[Kept]) -> Iterator[Event]:
     """`model.to(device)`: tensor by tensor, in the model's order."""
     for one in kept:
@@ -51,6 +80,9 @@ def warmed(kept: Sequence[Kept]) -> Iterator[Event]:
     modeling_utils.py, caching_allocator_warmup)."""
     yield from _block(sum(one.one.nbytes for one in kept if one.weight))
     yield from to_device(kept)
+
+
+WAYS = dict(zip(LOADS, (to_device, warmed), strict=True))
 
 
 def _block(nbytes: int) -> Iterator[Event]:

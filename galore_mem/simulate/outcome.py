@@ -11,7 +11,8 @@ from galore_mem.setup import Setup
 from galore_mem.simulate import told
 from galore_mem.simulate.device import LINUX, Run, on_cpu, on_cuda, refused_at
 from galore_mem.simulate.explain import peak, place_of, timeline
-from galore_mem.simulate.history import Read, history
+from galore_mem.simulate.history import history
+from galore_mem.simulate.loads import Read
 from galore_mem.simulate.result import SIMULATED_PHASES, Refusal, Simulation
 from galore_mem.simulate.session import Traced
 from galore_mem.simulate.trace import Trace
@@ -49,11 +50,9 @@ class Target:
         return on_cuda(trace, roomy, platform=self.platform), _refusal(run, at), at
 
 
-def completed(
-    made: Simulation, traced: Traced, setup: Setup, target: Target, quantized: Read | None = None
-) -> Simulation:
-    """A simulation with all that the trace and the device tell. `quantized`: as for `history`."""
-    trace = history(traced.trace, hooks=setup.layerwise, quantized=quantized)
+def completed(made: Simulation, traced: Traced, setup: Setup, target: Target, read: Read | None = None) -> Simulation:
+    """A simulation with all that the trace and the device tell. `read`: as for `history`."""
+    trace = traced.trace if traced.whole else history(traced.trace, hooks=setup.layerwise, load=setup.load, read=read)
     run, refusal, refused = target.serve(trace)
     highest, reserved = run.highest(), run.most_reserved()
     weights, gradients, state = traced.measured[:3]
@@ -64,7 +63,7 @@ def completed(
         optimizer_state_bytes=state,
         phases=tuple(
             Phase(name, highest[name].live, None, reserved.get(name), run.slack(highest[name].at))
-            for name in sorted(highest, key=SIMULATED_PHASES.index)
+            for name in (highest if traced.whole else sorted(highest, key=SIMULATED_PHASES.index))
         ),
         outside_allocator_bytes=target.outside,
         peak_reserved_bytes=max(reserved.values(), default=None),

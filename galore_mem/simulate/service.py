@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 from galore_mem._version import __version__
+from galore_mem.allocator.export import settings_text
 from galore_mem.allocator.settings import parse_settings
 from galore_mem.errors import InputError, unknown
 from galore_mem.estimator import Case, check, given_for, model_json, select, setup_json
@@ -16,21 +17,22 @@ from galore_mem.result import Unsupported
 from galore_mem.setup import Setup
 from galore_mem.simulate import told
 from galore_mem.simulate.device import LINUX, PLATFORMS
-from galore_mem.simulate.history import Read
 from galore_mem.simulate.layers import trace_layers
+from galore_mem.simulate.loads import Read
 from galore_mem.simulate.outcome import Target, completed
+from galore_mem.simulate.programs import trace_own
 from galore_mem.simulate.quiet import last_line, quiet
 from galore_mem.simulate.result import DECIDED, SimulateResult, Simulation
-from galore_mem.simulate.session import Traced, trace_step
+from galore_mem.simulate.session import Traced
 from galore_mem.simulate.subjects import versions
 from galore_mem.simulate.subjects.load import UserStep
 from galore_mem.simulate.subjects.models import work_of
-from galore_mem.simulate.subjects.subject import default_length, subject
+from galore_mem.simulate.subjects.subject import default_attention, default_length, subject
 from galore_mem.spec.model import ModelSpec
-from galore_mem.verify.builders import Unsupported as CannotRun
-from galore_mem.verify.builders import builder
+from galore_mem.verify.builders import CannotRun, builder
 from galore_mem.verify.case import TRAIN
 
+WARM_UP = 1000  # steps, at most
 Begun = Callable[[int, int, str], None]  # which of how many runs is at it, and what it does
 
 
@@ -55,7 +57,7 @@ def simulate(
     through a model of the CUDA caching allocator.
 
     `model` and `methods` are as for `estimate`; a config.json of any family of transformers, and `module:function`,
-    which returns model, optimizer and batch, are models too. `allocator` is a PYTORCH_ALLOC_CONF; with `gpu` the run
+    a program of one's own (docs/own.md), are models too. `allocator` is a PYTORCH_ALLOC_CONF; with `gpu` the run
     is on that card, and ends where its memory does; `platform`, linux or windows, is whose driver it is. `full` traces
     every layer; otherwise a few, from which the others follow. `warm_up` is for `module:function`: steps before the one
     that is looked at (1). `points` asks for a timeline of so many, `keep_run` for the run itself (`Simulation.run`).
@@ -63,8 +65,8 @@ def simulate(
     The code that runs is the installed torch's and transformers'; what the releases that `setup` names are known to do
     differently is done as they do it. Raises `InputError`.
     """
-    asked = subject(model)
-    setup = setup or Setup(seq_len=default_length(asked))
+    asked = subject(model, setup.device if setup else "cuda")
+    setup = setup or Setup(seq_len=default_length(asked), attention=default_attention(asked))
     card = find_gpu(gpu) if gpu is not None else None
     if setup.device == "cpu" and (card is not None or allocator):
         raise InputError("--gpu and --alloc-conf are about a card; leave them out with --device cpu")
@@ -78,9 +80,9 @@ def simulate(
     if isinstance(asked, UserStep):
         if any((names, implementation, chosen, *hyperparameters.values())):
             raise InputError(f"{asked.reference} brings its own optimizer; leave out the method and its options")
-        return _own(asked, setup, target, 1 if warm_up is None else warm_up, begun, full=full)
+        return _own(asked, setup, target, warm_up, begun, full=full)
     _check(setup, warm_up)
-    check(asked, setup, names, "implementation", chosen, hyperparameters, traced=True)
+    check(asked, setup, names, "implementation", chosen, hyperparameters)
     cases = [
         Case(asked, setup, found, code, chosen, given_for(found, hyperparameters), card=card)
         for found, code in select(names, implementation, "implementation", setup)
@@ -135,18 +137,24 @@ def _by_method(case: Case, target: Target, says: Callable[[str], None], *, full:
         raise
     except Exception as error:  # of the model's or the optimizer's code
         raise InputError(f"it cannot be run without values: {last_line(error)}") from error
-    made = _named(case.method.name, case.method.title, case.code.name, layerwise=work.setup.layerwise)
+    made = _named(case.method.name, case.code.name, layerwise=work.setup.layerwise)
     made = replace(
         made, hyperparameters=case.hyperparameters, assumptions=tuple(told.of_work(work, row)),
         not_counted=(*told.NOT_COUNTED, *work.code.not_counted),
-        confidence=confidence("simulate", work.setup, case.model.family, case.method.name, case.code.name),
+        confidence=confidence(
+            "simulate", work.setup, case.model.family, case.method.name, case.code.name, settings_text(target.settings)
+        ),
     )  # fmt: skip
     read = Read(work.setup.recipe.weights.bits // 8, version("peft")) if row.quantizes else None
     return completed(made, traced, work.setup, target, read)
 
 
-def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Begun, *, full: bool) -> SimulateResult:
-    """The run of a training step of the user's own. Raises `InputError`."""
+def _own(
+    asked: UserStep, setup: Setup, target: Target, warm_up: int | None, begun: Begun, *, full: bool
+) -> SimulateResult:  # fmt: skip
+    """The run of a program of the user's own. Raises `InputError`."""
+    if warm_up is not None and not 0 <= warm_up <= WARM_UP:
+        raise InputError(f"warm-up must be between 0 and {WARM_UP}, got {warm_up}")
     default = Setup()
     given = [name for name in DECIDED if getattr(setup, name) != getattr(default, name)]
     if given:
@@ -160,10 +168,12 @@ def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Beg
     begun(0, 1, asked.reference)
     traced = _traced(asked, setup, warm_up)
     about = asked.told
-    made = _named(about["optimizer"], f"{about['optimizer']} of {asked.reference}", about["package"], setup.layerwise)
+    kind = "forward" if traced.passes else about["optimizer"] or "program"
+    made = _named(kind, about["package"] or "torch", layerwise=setup.layerwise)
     made = replace(
-        made, assumptions=tuple(told.of_step(setup, about, warm_up)), not_counted=told.NOT_COUNTED,
-        confidence=confidence("simulate", setup, None, OWN, asked.reference),
+        made, assumptions=tuple(told.of_own(setup, traced, about, 1 if warm_up is None else warm_up)),
+        not_counted=tuple(told.not_counted(setup, about)),
+        confidence=confidence("simulate", setup, None, OWN, asked.reference, settings_text(target.settings)),
     )  # fmt: skip
     described = (
         setup_json(setup, None, target.card) | dict.fromkeys(DECIDED) | told.stack(setup, target.settings, full=True)
@@ -181,20 +191,20 @@ def _own(asked: UserStep, setup: Setup, target: Target, warm_up: int, begun: Beg
     )  # fmt: skip
 
 
-def _traced(asked: UserStep, setup: Setup, warm_up: int) -> Traced:
+def _traced(asked: UserStep, setup: Setup, warm_up: int | None) -> Traced:
     try:
         with quiet():
-            return trace_step(asked.build, setup, warm_up)
+            return trace_own(asked, setup, warm_up)
     except InputError as error:
         raise InputError(f"{asked.reference}: {error}") from error
     except Exception as error:  # of the user's code
         raise asked.failed(error) from error
 
 
-def _named(method: str, title: str, implementation: str, layerwise: bool) -> Simulation:
+def _named(method: str, implementation: str, *, layerwise: bool) -> Simulation:
     """A simulation before anything has been run."""
     return Simulation(
-        method=method, title=title, implementation=implementation, convention="implementation", hyperparameters={},
+        method=method, implementation=implementation, convention="implementation", hyperparameters={},
         layerwise=layerwise, weights_bytes=0, gradients_bytes=0, optimizer_state_bytes=0, phases=(),
         outside_allocator_bytes=0, fits=None, assumptions=(), not_counted=(),
     )  # fmt: skip

@@ -11,18 +11,21 @@ from galore_mem.allocator.settings import AllocatorSettings
 from galore_mem.estimator import GENERAL_NOT_COUNTED, max_positions
 from galore_mem.gpus import DEFAULT_CONTEXT, Gpu
 from galore_mem.memory.phases import Work
-from galore_mem.setup import TORCH, TRANSFORMERS, Setup
+from galore_mem.releases import modeled
+from galore_mem.setup import LOADED, TORCH, TRANSFORMERS, Setup
 from galore_mem.simulate.session import Traced
-from galore_mem.simulate.tracing.tracer import WORKSPACE
+from galore_mem.simulate.trace import WORKSPACE
 from galore_mem.simulate.tracing.values import Assumed
 from galore_mem.units import format_bytes
 from galore_mem.verify.builders import GAP, Builder
-from galore_mem.verify.predict import modelled
 
-NOT_COUNTED = (
-    "the temporaries of reading a checkpoint; the model is put on the device tensor by tensor (quantized: as read)",
-    "scratch of kernels that no table here has: cuDNN's convolutions, cuSOLVER's drivers, custom CUDA kernels",
+BY_DEVICE = (
     "what a program does only where a tensor's device.type is cuda: here it is meta (is_cuda is answered as there)",
+)
+NOT_COUNTED = (
+    "the temporaries of reading a checkpoint on the host",
+    "scratch of kernels that are not in our tables: cuDNN's convolutions, cuSOLVER's drivers, custom CUDA kernels",
+    *BY_DEVICE,
     *GENERAL_NOT_COUNTED[1:],
 )
 KERNELS = {
@@ -35,7 +38,7 @@ KERNELS = {
 
 def release(package: str, asked: str, known: tuple[str, ...]) -> str:
     """The release that ran, and the one whose ways it was given."""
-    return version(package) + ("" if modelled(package, known) == asked else f" (as {asked})")
+    return version(package) + ("" if modeled(package, known) == asked else f" (as {asked})")
 
 
 def stack(setup: Setup, settings: AllocatorSettings, *, full: bool) -> dict[str, Any]:
@@ -69,15 +72,30 @@ def of_work(work: Work, row: Builder) -> Iterator[str]:
     yield from row.remarks
 
 
-def of_step(setup: Setup, about: Mapping[str, Any], warm_up: int) -> Iterator[str]:
-    """The run of a training step of the user's own."""
+def of_own(setup: Setup, traced: Traced, about: Mapping[str, Any], warm_up: int) -> Iterator[str]:
+    """The run of a program of the user's own."""
     cast = f", autocast {setup.recipe.autocast}" if setup.recipe.autocast else ""
-    yield f"weights {' and '.join(about['formats'])}, as they are made{cast}"
-    yield f"steps from the start of the process, {warm_up} before the one looked at; {setup.loop}"
+    yield f"weights {' and '.join(about['formats']) or 'of no model that ran'}, as they are made{cast}"
+    if not traced.whole:
+        yield f"steps from the start of the process, {warm_up} before the one looked at; {setup.loop}"
+    elif traced.passes:
+        yield f"forward passes without gradients, {warm_up} before the one looked at; {setup.loop.partition('; ')[2]}"
+    else:
+        yield "the program as it is, from its start, with its own loop"
+    if about["compiled"]:
+        yield "torch.compile: what it compiles is simulated as eager, operation by operation"
     yield (
         f"eager PyTorch {release('torch', setup.torch, TORCH)}, "
         f"transformers {release('transformers', setup.transformers, TRANSFORMERS)}"
     )
+
+
+def not_counted(setup: Setup, about: Mapping[str, Any]) -> Iterator[str]:
+    """What is left out of the run of a program of the user's own."""
+    yield from (one for one in NOT_COUNTED if one not in BY_DEVICE)
+    if about["recurrent"] and setup.device == "cuda":
+        kinds = ", ".join(about["recurrent"])
+        yield f"cuDNN's {kinds}: its reserve space and workspace, instead of which the steps of its parts are counted"
 
 
 def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSettings, platform: str) -> Iterator[str]:
@@ -91,9 +109,13 @@ def of_run(traced: Traced, setup: Setup, card: Gpu | None, settings: AllocatorSe
         yield f"CUDA context {format_bytes(outside.context)}: {outside.evidence}"
         how = settings_text(settings) or "default settings"
         yield f"caching allocator ({how}), one stream, addresses as under {platform}"
+        if not traced.whole:
+            yield f"a model comes to the card by {LOADED[setup.load]}; a quantized one matrix by matrix"
         kept = [one.nbytes for one in traced.trace.allocations if one.op == WORKSPACE]
         if kept:
             yield f"cuBLAS keeps {len(kept)} x {kept[0]:,} bytes, among the temporaries"
+    else:
+        yield "the CPU's kernels with one thread, oneDNN off"
     yield from traced.notes
     yield from dict.fromkeys(assumption(one) for one in traced.assumed)
 

@@ -14,6 +14,8 @@ from galore_mem.memory.tape import Bytes
 from galore_mem.memory.tensor import CATEGORIES, TEMPORARIES
 from galore_mem.units import round_up
 
+WORKSPACE = "cublas workspace"  # in the place of an operation
+
 
 @dataclass(slots=True)
 class Allocation:

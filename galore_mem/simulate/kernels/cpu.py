@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_mem.simulate.kernels import RESULTS, Program, Rule, changes_only, grouped_mm, lapack, nbytes, safe_softmax
+from galore_mem.simulate.kernels import (
+    RESULTS,
+    Program,
+    Rule,
+    changes_only,
+    convolution,
+    grouped_mm,
+    lapack,
+    nbytes,
+    safe_softmax,
+)
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -38,7 +48,8 @@ def pointwise(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Pro
 
 
 def where(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    """The condition stays as it is; the others are converted by operations of their own (TensorCompare.cpp)."""
+    """The condition stays as it is; the others are converted by operations of their own (TensorCompare.cpp, and
+    TensorAdvancedIndexing.cpp: masked_fill)."""
     return
 
 
@@ -107,6 +118,22 @@ def copy(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program 
     return (RESULTS, TILE * TILE * source.dtype.itemsize) if transposed else None
 
 
+def embedding(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """Embedding.cpp: the tokens in one row, which is a copy where they are expanded."""
+    return None if args[1].is_contiguous() else (nbytes(args[1]), RESULTS)
+
+
+def embedding_backward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """Embedding.cpp, embedding_dense_backward_cpu: tokens, and a gradient that is a part of another, in order."""
+    copies = [nbytes(t) for t in (args[1], args[0]) if not t.is_contiguous()]
+    return (RESULTS, *copies) if copies else None
+
+
+def scattered(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """cpu/ScatterGatherKernel.cpp, create_acc_buffer: formats of 16 bits are scattered and gathered in float32."""
+    return (RESULTS, 4 * result.numel()) if result.dtype in HALF else None
+
+
 def svd(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program:
     """BatchLinearAlgebra.cpp: status words, and the column-major copy that LAPACK destroys; a copy that transposes goes
     through a tile (Copy.cpp)."""
@@ -138,6 +165,9 @@ def eigh(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program 
 
 RULES: dict[Any, Rule] = {
     aten.where.self: where,
+    **dict.fromkeys(
+        (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor), where
+    ),
     aten.sum.default: sums,
     aten.sum.dim_IntList: sums,
     aten.cumsum.default: sums,
@@ -146,6 +176,22 @@ RULES: dict[Any, Rule] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
     aten.native_layer_norm_backward.default: layer_norm_backward,
+    aten.embedding.default: embedding,
+    aten.embedding_dense_backward.default: embedding_backward,
+    **dict.fromkeys(
+        (
+            aten.gather.default,
+            aten.scatter.src,
+            aten.scatter.value,
+            aten.scatter_.src,
+            aten.scatter_.value,
+            aten.scatter_add.default,
+            aten.scatter_add_.default,
+        ),
+        scattered,
+    ),
+    aten.convolution.default: convolution.forward,
+    aten.convolution_backward.default: convolution.backward,
     aten._linalg_svd.default: svd,
     aten.linalg_qr.default: qr,
     aten._linalg_eigh.default: eigh,
@@ -156,6 +202,7 @@ RULES: dict[Any, Rule] = {
 }
 # the order in which results are made, where it is not the order in which they are returned
 ORDER: dict[str, tuple[int, ...]] = {
+    "aten.convolution_backward.default": (0, 2, 1),
     "aten._linalg_svd.default": (0, 2, 1),
     "aten._linalg_eigh.default": (1, 0),
     "bitsandbytes.quantize_blockwise.default": (1, 0),

@@ -1,12 +1,13 @@
-"""A training step of the user's own: `module:function`, which returns a model, its optimizer and a batch."""
+"""A program of the user's own: `module:function`, which returns model, optimizer and batch, or is the program."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,55 +24,49 @@ RETURNS = "(model, optimizer, batch)"
 
 @dataclass
 class UserStep:
-    """What `module:function` names. `told` is filled when the function has been called: what is known of what it
-    returned."""
+    """What `module:function` names. `told` is filled when it has been called: what is known of the models and
+    optimizers that it returned, or that have run."""
 
     reference: str
     function: Callable[[], Any]
     told: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Any:
-        """What the function returns. Raises `InputError` where its parameters could not be followed."""
+    def call(self, *given: Any) -> Any:
+        """What the function returns. Raises `InputError` for what is returned by mistake."""
         try:
-            made = self.function()
+            made = self.function(*given)
         except SystemExit as error:
             raise InputError(f"it ended the program: {last_line(error)}") from error
-        if not isinstance(made, tuple) or len(made) < 3:
-            return made  # which is refused
-        model, optimizer, batch, *more = made
-        if isinstance(model, torch.nn.Module) and isinstance(optimizer, torch.optim.Optimizer):
-            self._note(model, optimizer)
-        return model, optimizer, without_values(batch) if callable(batch) else batch, *more
-
-    def _note(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        parameters = list(model.parameters())
-        elsewhere = sorted({p.device.type for p in parameters} - {"meta"})
-        if elsewhere:
+        if inspect.iscoroutine(made):
+            made.close()
             raise InputError(
-                f"its model is on {', '.join(elsewhere)}; name no device there: tensors are made where the simulation "
-                "wants them"
+                "it is an async function, which nobody awaits; give one that is called (asyncio.run in it)"
             )
+        return made
+
+    def returned(self, model: Any, optimizer: Any) -> None:
+        """Notes what is known of a model and its optimizer."""
+        self.ran([model], [] if optimizer is None else [optimizer])
+
+    def ran(self, models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Notes what is known of the models and optimizers of a program."""
+        parameters = {id(p): p for model in models for p in model.parameters()}.values()
+        modules = [module for model in models for module in model.modules()]
+        kinds = sorted({type(one).__name__ for one in optimizers})
+        packages = sorted({type(one).__module__.partition(".")[0] for one in optimizers})
         self.told = {
             "parameters": sum(p.numel() for p in parameters),
             "formats": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-            "optimizer": type(optimizer).__name__,
-            "package": type(optimizer).__module__.partition(".")[0],
+            "optimizer": ", ".join(kinds) or None,
+            "package": ", ".join(packages) or None,
+            "compiled": any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl for m in modules),
+            "recurrent": sorted({type(m).__name__ for m in modules if isinstance(m, torch.nn.RNNBase)}),
         }
 
     def failed(self, error: Exception) -> InputError:
         """An exception of the function, or of a step with what it returned, in one line."""
-        when = "failed in its training step" if self.told else "failed"
+        when = "failed in its training step" if self.told.get("optimizer") else "failed"
         return InputError(f"{self.reference} {when}: {last_line(error)}{line_of(error)}")
-
-
-def without_values(make: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that makes batches, called where tensors have no values."""
-
-    def made() -> Any:
-        with torch.device("meta"):
-            return make()
-
-    return made
 
 
 def is_reference(text: str) -> bool:
@@ -79,16 +74,16 @@ def is_reference(text: str) -> bool:
     return REFERENCE.match(text) is not None
 
 
-def load(reference: str) -> UserStep:
-    """The function that `module:function` names; the module is looked for in the current directory first. Raises
-    `InputError`."""
+def load(reference: str, device: str = "cuda") -> UserStep:
+    """The function that `module:function` names; the module is looked for in the current directory first. `device` is
+    the simulated one, for which a module may ask as it is imported. Raises `InputError`."""
     match = REFERENCE.match(reference)
     if match is None:
         raise InputError(f"cannot read {reference!r}; write module:function, for a function that returns {RETURNS}")
     name, attribute = match[1], match[2]
     if name.endswith(".py"):
         raise InputError(f"{reference} names a file; write {name[:-3]}:{attribute}")
-    module = imported(name)
+    module = imported(name, card=device == "cuda")
     if not hasattr(module, attribute):
         raise unknown(f"function of {name}", attribute, [n for n, v in vars(module).items() if callable(v)])
     function = getattr(module, attribute)
@@ -99,9 +94,11 @@ def load(reference: str) -> UserStep:
     return UserStep(reference, function)
 
 
-def imported(name: str) -> Any:
+def imported(name: str, *, card: bool = True) -> Any:
     """The module of this name. Raises `InputError` where there is none, or its code fails."""
-    with working_directory_first():
+    from galore_mem.simulate.tracing.card import announced
+
+    with working_directory_first(), announced() if card else nullcontext():
         try:
             return import_module(name)
         except ModuleNotFoundError as error:

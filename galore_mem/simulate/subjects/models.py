@@ -11,7 +11,6 @@ from torch import nn
 
 from galore_mem.errors import InputError, unknown
 from galore_mem.estimator import Case, given_for
-from galore_mem.families import FAMILIES
 from galore_mem.memory.phases import Work
 from galore_mem.methods.base import Job
 from galore_mem.methods.registry import method as method_of
@@ -19,8 +18,8 @@ from galore_mem.optim.groups import heads_of, rows
 from galore_mem.setup import RECIPES, Setup
 from galore_mem.simulate.depths import cut
 from galore_mem.spec.config import model_from_config
-from galore_mem.spec.model import Block, ModelSpec, check_targets
-from galore_mem.verify.models import transformers_model
+from galore_mem.spec.model import Block, Heads, ModelSpec, check_targets
+from galore_mem.verify.models import has_twin, transformers_model
 
 META = torch.device("meta")
 LAYERS = "num_hidden_layers"
@@ -37,7 +36,15 @@ def spec_of(config: Mapping[str, Any], name: str, source: str = "") -> ModelSpec
     code = method_of("adamw").implementation(None)
     model = built(Work(spec, Setup(attention="eager"), code, Job({}, RECIPES["fp32"]), None, None))
     found = tuple(row for row, _ in rows(model))
-    return replace(spec, blocks=tuple(Block((row,)) for row in found), heads=heads_of(model))
+    return replace(spec, blocks=tuple(Block((row,)) for row in found), heads=_heads(model))
+
+
+def _heads(model: nn.Module) -> Heads | None:
+    """Attention geometry; None where the layers' differ (transformers then refuses to tell the model's)."""
+    try:
+        return heads_of(model)
+    except RuntimeError:  # its AmbiguousGlobalPerLayerAttributeError
+        return None
 
 
 def config_of(config: Mapping[str, Any]) -> Any:
@@ -48,19 +55,27 @@ def config_of(config: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise unknown("model_type", str(kind), CONFIG_MAPPING)
     try:
-        return CONFIG_MAPPING[kind](**{k: v for k, v in config.items() if k != "model_type"})
+        # (its files write infinity as {"__float__": "Infinity"})
+        given = CONFIG_MAPPING[kind]._decode_special_floats(dict(config))
+        return CONFIG_MAPPING[kind](**{k: v for k, v in given.items() if k != "model_type"})
     except Exception as error:  # of whatever class its checks raise
-        raise InputError(f"transformers refuses this {kind} config: {error}") from None
+        raise InputError(f"transformers refuses this {kind} config: {' '.join(str(error).split())}") from None
 
 
 def default_head(config: Any) -> str:
     """Causal where the family has such a model, masked otherwise."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    found = language_models(config.model_type)
+    if not found:
+        raise InputError(f"transformers has no causal or masked language model of the family {config.model_type}")
+    return found[0]
 
-    for head, auto in (("ForCausalLM", AutoModelForCausalLM), ("ForMaskedLM", AutoModelForMaskedLM)):
-        if type(config) in auto._model_mapping:
-            return head
-    raise InputError(f"transformers has no causal or masked language model of the family {config.model_type}")
+
+def language_models(family: str) -> list[str]:
+    """transformers' causal and masked models of a family."""
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    return [str(names[family]) for names in tables if family in names]
 
 
 def work_of(
@@ -70,7 +85,7 @@ def work_of(
     """A training run of a model of any family, with a method of the registry."""
     check_targets(spec, targets)
     found = method_of(method)
-    shapes = spec if spec.family in FAMILIES else replace(spec, family=None)
+    shapes = spec if has_twin(spec) else replace(spec, family=None)
     given = given_for(found, hyperparameters or {})
     case = Case(shapes, setup, found, found.implementation(implementation), targets, given)
     return case.work()._replace(model=spec)
@@ -86,7 +101,9 @@ def built(work: Work) -> nn.Module:
         if "scaled_dot_product_attention" in str(error):
             kind = work.model.family
             raise InputError(f"{kind} has no sdpa attention in transformers; give --attention eager") from None
-        raise InputError(f"transformers cannot build this {work.model.family}: {error}") from None
+        raise InputError(
+            f"transformers cannot build this {work.model.family}: {' '.join(str(error).split())}"
+        ) from None
 
 
 # -- depth -----------------------------------------------------------------------------------------------
@@ -95,7 +112,7 @@ def built(work: Work) -> nn.Module:
 def with_layers(spec: ModelSpec, kept: Sequence[int]) -> ModelSpec:
     """The model with some of its layers."""
     given = cut(spec.config, layers_key(spec), kept)
-    if spec.num_layers > 1:  # a family that the package knows, whose rows repeat
+    if has_twin(spec):
         return model_from_config(given, spec.name, spec.source)
     return spec_of(given, spec.name, spec.source)
 

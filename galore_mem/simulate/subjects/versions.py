@@ -9,13 +9,13 @@ from unittest.mock import patch
 
 from galore_mem.errors import InputError
 from galore_mem.memory.blocks import STACKS
+from galore_mem.releases import modeled
 from galore_mem.setup import TRANSFORMERS, Setup
-from galore_mem.verify.predict import modelled
 
 
 def check(setup: Setup) -> None:
     """Raises `InputError` where the installed transformers cannot stand for the setup's."""
-    here = modelled("transformers", TRANSFORMERS)
+    here = modeled("transformers", TRANSFORMERS)
     if TRANSFORMERS.index(setup.transformers) > TRANSFORMERS.index(here):
         raise InputError(
             f"transformers {here} is installed, and its code cannot do what {setup.transformers} does; "
@@ -27,7 +27,7 @@ def check(setup: Setup) -> None:
 def as_released(setup: Setup) -> Iterator[None]:
     """While it lasts, transformers does as the setup's release does. The differences are those that `estimate` knows
     (`galore_mem.memory.blocks.Stack`, with the place in transformers' source)."""
-    here, asked = STACKS[modelled("transformers", TRANSFORMERS)], STACKS[setup.transformers]
+    here, asked = STACKS[modeled("transformers", TRANSFORMERS)], STACKS[setup.transformers]
     if asked.causal_mask_with_sdpa == here.causal_mask_with_sdpa:
         yield
         return

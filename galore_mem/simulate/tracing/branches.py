@@ -113,26 +113,51 @@ def attention(
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """transformers/attention.cpp, scaled_dot_product_attention."""
-    kernel = attention_kernel(q, k, v, mask, dropout_p)
+    kernel = attention_kernel(q, k, v, mask, dropout_p, enable_gqa)
     if mask is not None and mask.dtype is torch.bool:  # convert_boolean_attn_mask
         mask = _additive(mask, q)
     if kernel == "math":
-        return _math(q, k, v, mask, dropout_p, is_causal, scale)
+        return _math(q, k, v, mask, dropout_p, is_causal, scale, q.shape[-3] // k.shape[-3] if enable_gqa else 1)
     return _FUSED[kernel](q, k, v, mask, dropout_p, is_causal, scale)
 
 
-def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> str:
-    """Which kernel runs: as the estimate has it (`galore_mem.memory.attention.sdpa_kernel`)."""
+def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, gqa: bool) -> str:
+    """Which kernel runs: as the estimate has it (`galore_mem.memory.attention.sdpa_kernel`). No fused one takes fewer
+    key heads than query heads, unless `gqa` says that they are meant (check_batch_size_and_num_heads_dense)."""
     if q.dim() != 4 or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
         return "math"
+    if q.shape[1] != k.shape[1] and not gqa:
+        return "math"
     now = setup()
+    if now.device == "cpu" and not cpu_takes(q, k, v, mask):
+        return "math"
     like = Recorder(now.device).like
     hidden = None if mask is None else like(mask)
     groups = TORCH[now.torch].efficient_groups
-    return sdpa_kernel(like(q), hidden, now.compute_capability, like(k), p, efficient_groups=groups)
+    return allowed(sdpa_kernel(like(q), hidden, now.compute_capability, like(k), p, efficient_groups=groups))
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float | None) -> Tensor:
+def allowed(kernel: str) -> str:
+    """A kernel, or the next that the program has not forbidden (torch.nn.attention.sdpa_kernel): flash, efficient, math
+    (sdp_utils.cpp, select_sdp_backend)."""
+    if kernel in ("flash", "cpu") and not torch.backends.cuda.flash_sdp_enabled():
+        kernel = "efficient" if kernel == "flash" else "math"
+    if kernel == "efficient" and not torch.backends.cuda.mem_efficient_sdp_enabled():
+        kernel = "math"
+    return kernel
+
+
+def cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """sdp_utils_cpp.cpp, use_flash_attention_cpp: what the CPU's fused kernel asks of its operands, besides no
+    dropout: rows in order, and a mask of two or four dimensions that needs no gradient (check_attn_mask_shape)."""
+    if q.shape[0] != k.shape[0] or any(t.stride(-1) != 1 for t in (q, k, v)) or not q.shape[2] * k.shape[2]:
+        return False
+    return mask is None or (mask.dim() in (2, 4) and not mask.requires_grad)
+
+
+def _math(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float | None, groups: int
+) -> Tensor:  # fmt: skip
     """_scaled_dot_product_attention_math, which adds the mask in place but where a dispatch mode looks on. Its local
     tensors live until the end, and go as they do in C++."""
     given = q.dtype
@@ -143,7 +168,6 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal
         lower = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         mask = _additive(lower, scaled)
         del lower
-    groups = q.shape[-3] // k.shape[-3]
     all_k, all_v = (t if groups == 1 else t.repeat_interleave(groups, -3) for t in (wide_k, wide_v))
     scores = scaled @ (all_k.transpose(-2, -1) * root)
     if mask is not None:

@@ -21,6 +21,8 @@ OPTIMIZERS = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides 
 def patched(setup: Setup, follow: Callable[[Tensor, str], None]) -> Iterator[None]:
     """`follow` is told tensors that torch makes without an operation."""
     with ExitStack() as stack:
+        clipping = torch.utils._foreach_utils  # (on the CPU too)
+        stack.enter_context(patch.object(clipping, "_device_has_foreach_support", lambda device: True))
         for name in ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices"):
             stack.enter_context(patch.object(OPTIMIZERS, name, _with_meta(name, setup.device)))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
@@ -109,6 +111,6 @@ def _on_host(original: Any) -> type:
 
     class Generator(original):  # type: ignore[misc]  # a class that is given
         def __new__(cls, device: Any = "cpu") -> Any:
-            return original("cpu" if torch.device(device).type == "meta" else device)
+            return original("cpu" if torch.device(device).type in ("meta", "cuda") else device)
 
     return Generator

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from galore_mem.errors import InputError
+from galore_mem.simulate.tracing.places import Mixed
 
 # how torch says that a tensor on `meta` has no values, and that there is no card
 VALUES = ("meta tensor", "Meta tensor", "meta device", "data-independent implementation", "passed to Tensor.__format__")
@@ -37,13 +38,18 @@ def refused(path_of: Callable[[torch.nn.Module], str]) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except Mixed as error:
+        raise InputError(
+            f"an operation finds tensors on the card and in host memory, as it would with a real one: {error}"
+            f"{_line(list(_places(error.__traceback__)))}; move them to one device"
+        ) from error
     except (NotImplementedError, RuntimeError, TypeError, AssertionError) as error:
         said = str(error)
         places = list(_places(error.__traceback__))
         if any(sign in said for sign in CARD):
             raise InputError(
-                f"the program asks for a CUDA device{_line(places)}; leave the device out, tensors are made where the "
-                f"simulation wants them"
+                f"the program asks for a CUDA device{_line(places)}, and there is none; with --device cpu, ask "
+                f"torch.cuda.is_available() before"
             ) from error
         if any(sign in said for sign in VALUES):
             raise InputError(

@@ -8,29 +8,30 @@ rules of their own.
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from contextlib import nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from galore_mem.memory.phases import cublas_workspace
 from galore_mem.memory.tensor import ACTIVATIONS, GRADIENTS, TEMPORARIES, WEIGHTS
 from galore_mem.setup import Setup
 from galore_mem.simulate.kernels import RESULTS, Program, cpu, cuda
-from galore_mem.simulate.trace import Allocation, Mark, Trace
+from galore_mem.simulate.trace import WORKSPACE, Allocation, Mark, Trace
 from galore_mem.simulate.tracing.accumulate import in_place, sole
-from galore_mem.simulate.tracing.memo import Memo, flat
+from galore_mem.simulate.tracing.known import Known, Unknown, may_ask, told
+from galore_mem.simulate.tracing.memo import Memo, Result, flat
 from galore_mem.simulate.tracing.modules import Modules
-from galore_mem.simulate.tracing.values import Assumed, assumed
+from galore_mem.simulate.tracing.places import META, NO_CODE, Places
+from galore_mem.simulate.tracing.values import Answer, Assumed, answer, assumed
 
 aten = torch.ops.aten
-NO_CODE = torch._C._disabled_torch_dispatch_impl  # of tensors that are not made of others
 ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # what runs: anything but backward; backward; in it, a checkpoint's forward pass again
 OUTSIDE, BACKWARD, AGAIN = "outside", "backward", "again"
-WORKSPACE = "cublas workspace"  # in the place of an operation
 
 
 class Follower(weakref.ref):  # type: ignore[type-arg]  # weakref.ref takes its argument at run time only
@@ -42,10 +43,12 @@ class Follower(weakref.ref):  # type: ignore[type-arg]  # weakref.ref takes its 
 
 
 class Tracer(TorchDispatchMode):
-    """Writes a `Trace` of what runs inside of it. `setup` says on which device the program is thought to run."""
+    """Writes a `Trace` of what runs inside of it. `setup` says on which device the program is thought to run; `places`,
+    for a program that names devices itself, where its tensors are (None: all without values are on the device)."""
 
-    def __init__(self, setup: Setup, modules: Modules) -> None:
+    def __init__(self, setup: Setup, modules: Modules, places: Places | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self._places = places
         self.trace = Trace(setup.granularity)
         self.assumed: dict[Assumed, None] = {}
         self.operations = 0
@@ -59,6 +62,9 @@ class Tracer(TorchDispatchMode):
         self._memo = Memo(self._program, table.RUN)
         sole()  # is looked up inside backward, and cannot be found out there
         self._alive: dict[int, Follower] = {}
+        self._known = Known()
+        if places is not None:
+            places.on_gone = self._known.forget
         self._phase = ""
         self._pass = OUTSIDE
         self._leaf: int | None = None  # whose gradient is being accumulated
@@ -93,7 +99,15 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__torch_dispatch__ is not NO_CODE for kind in types):
             return NotImplemented  # a tensor made of others: its own code says what runs on those
-        kwargs = kwargs or {}
+        if composite(func) and any(t.is_inference() for t in flat(args)):  # autograd, which takes apart, is left out
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        if self._places is None:
+            return self._run(func, args, kwargs or {})
+        with self._places.below():
+            return self._run(func, args, self._places.placed(func, args, kwargs or {}))
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.operations += 1
         self._enter_pass(self._passing())
         func = in_place(func, args, kwargs)
@@ -101,30 +115,88 @@ class Tracer(TorchDispatchMode):
             parts = self._composed[func.name()] or partial(func.redispatch, ON_CPU)
             with self:
                 return parts(*args, **kwargs)
-        said = assumed(func, args)
-        if said is not None:
-            self.assumed[Assumed(self._modules.path, str(args[0].dtype).removeprefix("torch."), said)] = None
-            return said
+        if may_ask(func):
+            said = self._told(func, args, kwargs)
+            if said is not None:
+                return said
         if kwargs.get("generator") is not None and _on_meta(args, kwargs):
             kwargs = {**kwargs, "generator": None}
-        value, program = self._memo.run(func, args, kwargs)
+        value, program = self._memo.run(func, args, kwargs) if self._places is None else self._alike(func, args, kwargs)
         if program is None:
             self._see(value, func)
         else:
             self._kernel(func, program, value)
         if func.overloadpacket in self._cublas and self._counts(value):
             self._workspace()
+        self._known.note(func, args, kwargs, value)
         return value
+
+    def _alike(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation where some tensors may have values and others none: as if none had."""
+        assert self._places is not None
+        if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", META).type == "cpu":
+            kwargs = {**kwargs, "device": META}
+        if not self._places.mixed:
+            return self._memo.run(func, args, kwargs)
+        real: dict[int, Tensor] = {}
+        like = self._places.alike(args, real)
+        value, program = self._memo.run(func, like, self._places.alike(kwargs, real))
+        return Result(_instead(value, real), program)
+
+    def _told(self, op: Any, args: Any, kwargs: Any) -> Any:
+        """The answer to an operation that asks for values: what is known, or what is assumed; None where it asks for
+        nothing, or there is no answer."""
+        try:
+            said = told(self._known, op, args, kwargs)
+        except Unknown:
+            said = assumed(op, args)
+            if said is not None:
+                self._assume(args[0], said)
+            return said
+        if self._known.guessed:
+            self._assume(next(flat(args)), self._known.guessed)
+            self._known.guessed = ""
+        if any(t.is_meta for t in flat((said,))):
+            self._see(said, op)
+        return said
+
+    def _assume(self, t: Tensor, answer: Answer) -> None:
+        self.assumed[Assumed(self._modules.path, str(t.dtype).removeprefix("torch."), answer)] = None
 
     def follow(self, t: Tensor, op: str) -> None:
         """A tensor that no operation shows (made inside of torch): as if `op` had returned it."""
+        if self._places is not None:
+            self._places.in_host = False
         self._see(t, op)
+
+    def replace(self, old: Tensor, new: Tensor) -> None:
+        """A tensor without values takes the place of one with values: it is the same allocation."""
+        known = self._alive.pop(old.untyped_storage()._cdata, None)
+        if known is not None:
+            storage = new.untyped_storage()
+            self._alive[storage._cdata] = one = Follower(storage, self._died)
+            one.key, one.index, known.index = storage._cdata, known.index, -1
+
+    def values(self, t: Tensor) -> Tensor:
+        """A tensor's values on the host, for a program that takes them out of torch: what is known, or assumed."""
+        with nullcontext() if self._places is None else self._places.below(), _disable_current_modes():
+            try:
+                found = self._known.values(t.detach())
+                if self._known.guessed:
+                    self._assume(t, self._known.guessed)
+                    self._known.guessed = ""
+            except Unknown:
+                found = torch.full(tuple(t.shape), answer(t), dtype=t.dtype, device="cpu")
+                self._assume(t, answer(t))
+        return found
 
     def _program(self, op: Any, args: Any, kwargs: Any, value: Any) -> Program | None:
         rule = self._rule(op)
         return None if rule is None or not self._counts(value) else rule(args, kwargs, value)
 
     def _counts(self, value: Any) -> bool:
+        if self._places is not None and self._places.in_host:
+            return False
         first = value if isinstance(value, Tensor) else next((t for t in value or () if isinstance(t, Tensor)), None)
         return first is not None and (first.is_meta or self._on_host)
 
@@ -169,7 +241,7 @@ class Tracer(TorchDispatchMode):
         known = self._alive.get(key)
         if known is None:
             size = storage.nbytes()
-            if not size:
+            if not size or (self._places is not None and self._places.keeps(t)):
                 return
             known = Follower(storage, self._died)
             known.key = key
@@ -200,7 +272,10 @@ class Tracer(TorchDispatchMode):
         return index
 
     def _died(self, follower: Follower) -> None:
+        if follower.index < 0:  # another has taken its place
+            return
         del self._alive[follower.key]
+        self._known.forget(follower.key)
         self.trace.events.append(~follower.index)
 
     # -- where it is ---------------------------------------------------------------------------------------
@@ -229,6 +304,19 @@ class Tracer(TorchDispatchMode):
         else:
             self._since = len(self.trace.allocations)
         self._pass = now
+
+
+@cache
+def composite(op: Any) -> bool:
+    """Is an operation made of others for every device?"""
+    return bool(op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+
+
+def _instead(value: Any, real: dict[int, Tensor]) -> Any:
+    """What an operation returned, with the tensors themselves in the place of what stood for them."""
+    if isinstance(value, Tensor):
+        return real.get(id(value), value)
+    return type(value)(_instead(one, real) for one in value) if isinstance(value, list | tuple) else value
 
 
 def _on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

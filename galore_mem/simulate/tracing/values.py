@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+Answer = int | float | bool | str
+EVENLY = "a top-k that chooses each equally often"
+FINITE = "nothing is NaN or infinite"
 
 
 class Assumed(NamedTuple):
@@ -15,7 +18,7 @@ class Assumed(NamedTuple):
 
     module: str
     dtype: str
-    answer: int | float | bool
+    answer: Answer
 
 
 def answer(t: Tensor) -> int | float | bool:
