@@ -8,7 +8,7 @@ caught, so a defect in this package is never dressed up as bad input.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class GaloreMemError(Exception):
@@ -24,12 +24,27 @@ class InputError(GaloreMemError, ValueError):
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> InputError:
     """The error for a name that is not in a table: names the nearest entries, then where to look."""
+    return InputError(f"unknown {kind} {_shown(given)}; {_hint(given, allowed)}")
+
+
+def unknown_of(methods: Sequence[str], kind: str, given: str, allowed: Iterable[str]) -> InputError:
+    """As `unknown`, for something that methods have: those that were named, or (none were) any."""
+    if methods:
+        return unknown(f"{kind} of {', '.join(methods)}", given, allowed)
+    article = "an" if kind[0] in "aeiou" else "a"
+    return InputError(f"no method has {article} {kind} {_shown(given)}; {_hint(given, allowed)}")
+
+
+def _shown(given: str) -> str:
+    return repr(given if len(given) <= 80 else given[:77] + "...")
+
+
+def _hint(given: str, allowed: Iterable[str]) -> str:
+    """The nearest names, or the known ones where none is near."""
     names = sorted(allowed)
     low = given.lower()
     begun = [name for name in names if low and name.startswith(low)]
     near = (begun + [n for n in difflib.get_close_matches(low, names, n=3, cutoff=0.5) if n not in begun])[:3]
-    shown = given if len(given) <= 80 else given[:77] + "..."
     if near:
-        return InputError(f"unknown {kind} {shown!r}; did you mean {', '.join(near)}?")
-    listed = ", ".join(names) if len(names) <= 40 else ", ".join(names[:40]) + ", ..."
-    return InputError(f"unknown {kind} {shown!r}; known: {listed}")
+        return f"did you mean {', '.join(near)}?"
+    return "known: " + (", ".join(names[:40]) or "none") + (", ..." if len(names) > 40 else "")

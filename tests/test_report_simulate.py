@@ -12,7 +12,7 @@ import pytest
 from simulate_traces import allocation, card, result, simulation
 
 from galore_mem.memory.tensor import ACTIVATIONS
-from galore_mem.report.simulate import at_peak, each, operation_name, overview, phases, render, what, where
+from galore_mem.report.simulate import at_peak, each, operation_name, phases, render, summary, what, where
 from galore_mem.report.tables import narrowed, needed_width
 from galore_mem.result import Unsupported
 from galore_mem.setup import Setup
@@ -38,7 +38,7 @@ def test_one_row_a_method() -> None:
     """MiB; half of AdamW's peak of 114 is -50 %. (The numbers of the run are derived in test_simulate_device.)"""
     other = simulation(method="sgd")
     half = replace(other, phases=tuple(p._replace(components=(57 * MIB, 0, 0, 0, 0)) for p in other.phases))
-    table = overview(result(simulation(), half))
+    table = summary(result(simulation(), half))
     names = [c.name for c in table.columns]
     shown = [dict(zip(names, row, strict=True)) for row in table.rows]
     assert [(r["method"], r["state"], r["peak"], r["in"], r["reserved"], r["vs adamw"]) for r in shown] == [
@@ -49,7 +49,7 @@ def test_one_row_a_method() -> None:
 
 def test_a_card_and_a_request_that_it_refused() -> None:
     """In attention's place: what ran out, where, with the numbers of torch's message."""
-    table = overview(result(simulation(card=card(100)), simulation(method="sgd", card=card(130)), gpu="small-card"))
+    table = summary(result(simulation(card=card(100)), simulation(method="sgd", card=card(130)), gpu="small-card"))
     assert [row[-1] for row in table.rows] == ["no -0.04", "tight +0.01"]  # GiB: -38 and 8 MiB
     assert table.columns[-1].name == "small-card"
     assert table.warnings == (
@@ -58,15 +58,15 @@ def test_a_card_and_a_request_that_it_refused() -> None:
         "unallocated, 0 bytes outside the allocator.",
     )
     below = "\n".join(table.footer)
-    assert "What ran out of memory is shown as it would be on a card with room." in below
-    assert "served only after cached memory was given back" in below
+    assert "A run that ran out of memory is shown as on a card that is large enough." in below
+    assert "it ran only after cached memory was released" in below
 
 
 def test_what_is_assumed_and_what_was_not_run() -> None:
-    below = overview(result(simulation())).footer
+    below = summary(result(simulation())).footer
     assert "Assumed: it was written by hand." in below
     assert "Not run: fira (fira): needs the package fira." in below
-    apart = overview(result(simulation(), replace(simulation(), assumptions=("something else",)))).footer
+    apart = summary(result(simulation(), replace(simulation(), assumptions=("something else",)))).footer
     assert "Assumed: it was written by hand." not in apart
     assert "Assumed for adamw (torch-foreach): it was written by hand." in apart
     assert "Assumed for adamw (torch-foreach): something else." in apart
@@ -81,12 +81,12 @@ def test_on_the_cpu_nothing_is_said_of_an_allocator() -> None:
 
 def test_a_step_of_ones_own_has_no_batch_that_is_known() -> None:
     unknown = dict.fromkeys(("recipe", "batch_size", "seq_len", "attention", "gradient_checkpointing"))
-    assert overview(result(simulation(), **unknown)).title == "by-hand: 12,582,912 parameters"
+    assert summary(result(simulation(), **unknown)).title == "by-hand: 12,582,912 parameters"
 
 
 def test_title_says_how_it_is_trained() -> None:
     more = {"gradient_checkpointing": True, "layerwise": True, "gradient_accumulation": 4}
-    assert overview(result(simulation(), **more)).title.endswith(
+    assert summary(result(simulation(), **more)).title.endswith(
         "sdpa attention, checkpointing, 4 micro-batches, layer-wise update"
     )
 
@@ -97,7 +97,7 @@ def test_title_says_how_it_is_trained() -> None:
 def test_each_phase() -> None:
     table = phases(simulation())
     assert [c.name for c in table.columns] == [
-        "phase", "allocated", "reserved", "weights", "gradients", "state", "activ.", "temp.", "of it slack",
+        "phase", "allocated", "reserved", "weights", "gradients", "state", "activ.", "temp.", "incl. slack",
     ]  # fmt: skip
     assert table.rows[3] == (
         "backward", "114.00", "138.00", "24.00", "12.00", "24.00", "40.00", "14.00", "0.00",
@@ -149,7 +149,7 @@ def test_it_fits_a_terminal(width: int) -> None:
     name = "model.layers.0.post_attention_layernorm"
     trace = Trace(512, [allocation(2000, "aten._to_copy.default", name, ACTIVATIONS)], [0], [Mark(0, "forward")])
     made = replace(simulation(trace, card=card(20000)), method="galore-mini-1", implementation="galore-mem-randomized")
-    tables = (overview(result(made, gpu="rtx-4060-ti-16gb")), phases(made), at_peak(made, None))
+    tables = (summary(result(made, gpu="rtx-4060-ti-16gb")), phases(made), at_peak(made, None))
     kept = [[c.name for c in narrowed(table, width).columns] for table in tables]
     assert all(needed_width(narrowed(table, width)) <= width for table in tables)
     needed: Sequence[set[str]] = ({"method", "peak", "in", "reserved"}, {"allocated", "temp."}, {"bytes", "x", "what"})

@@ -46,9 +46,10 @@ def _main(
 
 
 def _register() -> None:
-    from galore_mem.cli import estimate, models, papers, schema, simulate, verify
+    from galore_mem.cli import estimate, methods, models, papers, schema, simulate, verify
 
     app.command("estimate")(estimate.command)
+    app.command("methods")(methods.command)
     app.command("models")(models.command)
     app.command("papers")(papers.command)
     app.command("schema")(schema.command)
@@ -60,7 +61,8 @@ _register()
 
 
 def main() -> None:
-    """Entry point: 0 done, 1 done but the answer is no, 2 the input or usage is wrong (one line on stderr)."""
+    """Entry point: 0 done, 1 done but the answer is no, 2 the input or usage is wrong (one line on stderr),
+    130 interrupted."""
     gc.disable()  # a command is short; what it makes is freed by reference counts
     try:
         code = app(standalone_mode=False)

@@ -20,6 +20,7 @@ from galore_mem.cli.options import (
     KeepLogits,
     KeepLogitsUntil,
     Layerwise,
+    Load,
     Methods,
     Model,
     Output,
@@ -31,11 +32,12 @@ from galore_mem.cli.options import (
     Torch,
     Transformers,
     UpdateProjGap,
+    UseCache,
     assignments,
     kept_logits,
     listed,
 )
-from galore_mem.cli.output import check_format, dump_json, write
+from galore_mem.cli.output import check_format, check_output, dump_json, write
 
 
 def command(
@@ -60,12 +62,14 @@ def command(
     keep_gradients: KeepGradients = False,
     keep_logits: KeepLogits = None,
     keep_logits_until: KeepLogitsUntil = None,
+    use_cache: UseCache = False,
+    load: Load = "to-device",
     transformers: Transformers = None,
     torch: Torch = None,
     device: Device = "cuda",
     gpu: GpuName = None,
     reserved: Reserved = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Print the equations with the numbers put in.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the equations with their numbers.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every persistent tensor.")] = False,
     format: Format = "table",
     output: Output = None,
@@ -75,6 +79,7 @@ def command(
     Exit code 1: methods were named, with --gpu, and none of them fits.
     """
     check_format(format)
+    check_output(output)
     from galore_mem.estimator import default_seq_len, estimate
     from galore_mem.setup import TORCH, TRANSFORMERS, Setup
     from galore_mem.setup import recipe as find_recipe
@@ -91,6 +96,8 @@ def command(
         layerwise=layerwise,
         keep_gradients=keep_gradients,
         keep_logits=kept_logits(keep_logits, keep_logits_until),
+        use_cache=use_cache,
+        load=load,
         gradient_accumulation=gradient_accumulation,
         transformers=transformers or TRANSFORMERS[-1],
         torch=torch or TORCH[0],
@@ -114,5 +121,4 @@ def command(
         from galore_mem.report import estimate as report
 
         write(report.render(result, format, explain=explain, tensors=tensors, plain=output is not None), output)
-    verdicts = [e.fits.verdict for e in result.estimates if e.fits is not None]
-    return 1 if method and verdicts and all(v == "does_not_fit" for v in verdicts) else 0
+    return 1 if method and result.none_fits else 0

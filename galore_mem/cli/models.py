@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from galore_mem.cli.output import check_format, dump_json, write
+from galore_mem.cli.options import Format, Output
+from galore_mem.cli.output import check_format, check_output, dump_json, write
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="A model, as --model takes it. Default: list the bundled.")] = None,
-    format: Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A model, as --model takes it. Default: list the bundled models.")
+    ] = None,
+    format: Format = "table",
+    output: Output = None,
 ) -> int:
     """List the bundled models, or show one: its parameters by role."""
     check_format(format)
+    check_output(output)
     from galore_mem.report import models as report
     from galore_mem.spec.resolve import bundled, resolve
 

@@ -19,7 +19,9 @@ Methods = Annotated[
     list[str] | None, typer.Option("--method", help="Method; repeat for several. Default: all.", show_default=False)
 ]
 Implementation = Annotated[str | None, typer.Option(help="Whose code: a name, or 'all'. Default: each method's first.")]
-Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank of low-rank methods and adapters.")]
+Rank = Annotated[
+    int | None, typer.Option("--rank", "-r", help="Rank of low-rank methods and adapters. Default: 128; verify: 64.")
+]
 Target = Annotated[
     str | None,
     typer.Option(help="Linears that low-rank methods apply to, comma-separated. Default: attention and MLP."),
@@ -40,7 +42,10 @@ Hyperparameters = Annotated[
 ]
 Accumulation = Annotated[int, typer.Option(help="Backward passes per step.")]
 KeepGradients = Annotated[
-    bool, typer.Option("--keep-gradients/--free-gradients", help="Between steps: zeroed, or set to None.")
+    bool,
+    typer.Option(
+        "--keep-gradients/--free-gradients", help="Gradients between steps: zeroed (keep) or set to None (free)."
+    ),
 ]
 KeepLogits = Annotated[
     bool | None,
@@ -53,18 +58,39 @@ KeepLogits = Annotated[
 KeepLogitsUntil = Annotated[
     str | None,
     typer.Option(
-        help="Of a loop that holds it: until backward, step, or the next forward pass (next) is over.",
+        help="When the loop lets go of the output: after backward, step, or the next forward pass (next).",
         show_default="step",
     ),
 ]
+UseCache = Annotated[
+    bool,
+    typer.Option(
+        "--use-cache/--no-cache", help="The model's output holds keys and values (the default of decoders' configs)."
+    ),
+]
+Load = Annotated[
+    str,
+    typer.Option(
+        help="How the model comes to the card: to-device (model.to(device)) or device-map (from_pretrained with one)."
+    ),
+]
 Transformers = Annotated[
-    str | None, typer.Option(help="Release whose behavior is modelled: 4.57 or 5.23.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Release, described by the nearest of 4.57 and 5.23 of its major version. Default: 5.23; simulate: the "
+        "installed one.",
+        show_default=False,
+    ),
 ]
 Torch = Annotated[
-    str | None, typer.Option(help="Release whose behavior is modelled: 2.13 or 2.14.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Release, described by the nearest of 2.13 and 2.14. Default: 2.13; simulate: the installed one.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cuda or cpu: allocator rounding, kernels, workspaces.")]
-GpuName = Annotated[str | None, typer.Option(help="Card (rtx-4090) or capacity (24GiB) to judge against.")]
+GpuName = Annotated[str | None, typer.Option(help="Card (rtx-4090) or capacity (24GiB) to check the fit on.")]
 Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")]
 

@@ -23,7 +23,12 @@ def check_format(name: str) -> str:
 
 def check_output(output: Path | None) -> None:
     """Raises `InputError` where `write` could not work, before what takes long is begun."""
-    if output is not None and not Path(os.path.realpath(output)).parent.is_dir():
+    if output is None:
+        return
+    target = os.path.realpath(output)
+    if os.path.isdir(target):
+        raise InputError(f"cannot write {str(output)!r}: not a file")
+    if not os.path.isdir(os.path.dirname(target)):
         raise InputError(f"cannot write {output}: there is no such folder")
 
 
@@ -37,9 +42,8 @@ def write(text: str, output: Path | None) -> None:
         _print(text)
         return
     try:
+        check_output(output)
         target = Path(os.path.realpath(output))
-        if str(output) == "" or target.is_dir():
-            raise InputError(f"cannot write {str(output)!r}: not a file")
         if target.exists() and not target.is_file():  # a pipe or a device is written to, never replaced
             target.write_text(text, encoding="utf-8")
         else:

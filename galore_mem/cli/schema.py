@@ -10,7 +10,7 @@ from galore_mem.cli.output import dump_json, write
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="estimate, models, papers, simulate or verify.")] = "estimate",
+    name: Annotated[str, typer.Argument(help="estimate, methods, models, papers, simulate or verify.")] = "estimate",
 ) -> int:
     """Print the JSON schema of a command's --format json."""
     from galore_mem.report.schema import schema

@@ -9,7 +9,6 @@ import typer
 
 from galore_mem.cli.options import (
     Accumulation,
-    Attention,
     BatchSize,
     Checkpointing,
     Device,
@@ -21,6 +20,7 @@ from galore_mem.cli.options import (
     KeepLogits,
     KeepLogitsUntil,
     Layerwise,
+    Load,
     Methods,
     Output,
     Rank,
@@ -29,6 +29,8 @@ from galore_mem.cli.options import (
     Target,
     Torch,
     Transformers,
+    UpdateProjGap,
+    UseCache,
     assignments,
     kept_logits,
     listed,
@@ -45,7 +47,7 @@ def command(
             "--model",
             "-m",
             help="As for estimate; also a config.json of any family of transformers, or module:function, which returns "
-            "(model, optimizer, batch).",
+            "(model, optimizer, batch) or a program (docs/own.md).",
         ),
     ],
     method: Methods = None,
@@ -55,19 +57,22 @@ def command(
     recipe: RecipeName = "pure-bf16",
     batch_size: BatchSize = 1,
     seq_len: SeqLen = None,
-    attention: Attention = "sdpa",
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, eager or flash.", show_default="sdpa, where the model has it")
+    ] = None,
     gradient_checkpointing: Checkpointing = False,
     layerwise: Layerwise = False,
+    update_proj_gap: UpdateProjGap = None,
     hyperparameter: Hyperparameters = None,
     gradient_accumulation: Accumulation = 1,
     keep_gradients: KeepGradients = False,
     keep_logits: KeepLogits = None,
     keep_logits_until: KeepLogitsUntil = None,
-    use_cache: Annotated[
-        bool, typer.Option("--use-cache/--no-cache", help="Does the output hold keys and values, as configs have it?")
-    ] = False,
+    use_cache: UseCache = False,
+    load: Load = "to-device",
     warm_up: Annotated[
-        int | None, typer.Option(help="Of module:function, steps before the one looked at. Default: 1.", min=0)
+        int | None,
+        typer.Option(help="For module:function: steps before the one that is reported. Default: 1.", min=0, max=1000),
     ] = None,
     transformers: Transformers = None,
     torch: Torch = None,
@@ -77,10 +82,10 @@ def command(
         str, typer.Option(help="The allocator's settings, as in PYTORCH_ALLOC_CONF (expandable_segments:True).")
     ] = "",
     platform: Annotated[
-        str, typer.Option(help="linux or windows: how the card's driver hands out addresses, on which reuse depends.")
+        str, typer.Option(help="linux or windows: how the driver hands out addresses, which decides what is reused.")
     ] = "linux",
     full: Annotated[
-        bool, typer.Option("--full/--extrapolate", help="Trace every layer, or few, from which the others follow.")
+        bool, typer.Option("--full/--extrapolate", help="Trace every layer, or a few and extrapolate.")
     ] = True,
     timeline: Annotated[
         Path | None, typer.Option(help="Draw the run: a .png, .svg or .html file.", show_default=False)
@@ -104,27 +109,28 @@ def command(
     check_output(output)
     if points is not None and format != "json":
         raise InputError("--points is the timeline in numbers; give --format json too")
+    from galore_mem.releases import modeled
     from galore_mem.report.simulate_files import Files
     from galore_mem.setup import TORCH, TRANSFORMERS, Setup
     from galore_mem.setup import recipe as find_recipe
     from galore_mem.simulate import simulate
-    from galore_mem.simulate.subjects.subject import default_length, is_own, subject
-    from galore_mem.verify.predict import modelled
+    from galore_mem.simulate.subjects.subject import default_attention, default_length, is_own, subject
 
-    asked = subject(model)
+    asked = subject(model, device)
     files = Files(timeline, snapshot, device, None if is_own(asked) else method or ())
     setup = Setup(
         recipe=find_recipe(recipe),
         batch_size=batch_size,
         seq_len=default_length(asked) if seq_len is None else seq_len,
-        attention=attention,
+        attention=default_attention(asked) if attention is None else attention,
         gradient_checkpointing=gradient_checkpointing,
         layerwise=layerwise,
         keep_gradients=keep_gradients,
         keep_logits=kept_logits(keep_logits, keep_logits_until),
         use_cache=use_cache,
-        transformers=transformers or modelled("transformers", TRANSFORMERS),
-        torch=torch or modelled("torch", TORCH),
+        load=load,
+        transformers=transformers or modeled("transformers", TRANSFORMERS),
+        torch=torch or modeled("torch", TORCH),
         gradient_accumulation=gradient_accumulation,
         device=device,
     )
@@ -140,10 +146,10 @@ def command(
             platform=platform,
             full=full,
             warm_up=warm_up,
-            points=points or files.points,
+            points=max((n for n in (points, files.points) if n is not None), default=None),
             keep_run=snapshot is not None,
             begun=begun,
-            **assignments(hyperparameter or [], rank=rank),
+            **assignments(hyperparameter or [], rank=rank, update_proj_gap=update_proj_gap),
         )
     files.write(result, alloc_conf)
     if format == "json":
@@ -152,5 +158,4 @@ def command(
         from galore_mem.report import simulate as report
 
         write(report.render(result, format, everything=tensors, plain=output is not None), output)
-    verdicts = [s.fits.verdict for s in result.estimates if s.fits is not None]
-    return 1 if (method or is_own(asked)) and verdicts and all(v == "does_not_fit" for v in verdicts) else 0
+    return 1 if (method or is_own(asked)) and result.none_fits else 0

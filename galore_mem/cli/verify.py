@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from galore_mem.cli.options import assignments
+from galore_mem.cli.options import Format, Hyperparameters, Methods, Output, Rank, Target, assignments, listed
 from galore_mem.cli.output import check_format, check_output, write
 from galore_mem.errors import InputError
 
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 
-Format = Annotated[str, typer.Option("--format", "-f", help="table, json, csv or markdown.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write to a file instead of stdout.")]
-Buffers = Annotated[bool, typer.Option("--buffers", help="With every tensor of the optimizer's state.")]
-Tolerance = Annotated[float, typer.Option(help="How far a phase's peak may be off, as a part of it.", min=0, max=1)]
+Buffers = Annotated[bool, typer.Option("--buffers", help="Also list every tensor of the optimizer's state.")]
+Tolerance = Annotated[float, typer.Option(help="How far a phase's peak may be off, as a fraction of it.", min=0, max=1)]
 
 
 @app.callback(invoke_without_command=True)
@@ -29,9 +28,7 @@ def command(
         str | None,
         typer.Option("--model", "-m", help="As for estimate. Default: small models made for this."),
     ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option("--method", help="Method; repeat for several. Default: all.", show_default=False)
-    ] = None,
+    method: Methods = None,
     implementation: Annotated[str | None, typer.Option(help="Whose code. Default: all.")] = None,
     workload: Annotated[
         str | None, typer.Option(help="optimizer (steps on random gradients) or train (whole steps). Default: both.")
@@ -40,11 +37,9 @@ def command(
         str, typer.Option(help="cpu, cuda or auto. With a card, the LLaMA sizes that fit are trained too.")
     ] = "auto",
     recipe: Annotated[str | None, typer.Option(help="As for estimate. Default: fp32 and pure-bf16.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of low-rank methods. Default: 64.")] = None,
-    target: Annotated[str | None, typer.Option(help="As for estimate.")] = None,
-    hyperparameter: Annotated[
-        list[str] | None, typer.Option("--set", help="Another hyperparameter, as name=value; repeat for several.")
-    ] = None,
+    rank: Rank = None,
+    target: Target = None,
+    hyperparameter: Hyperparameters = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Default: 2.", show_default=False)
     ] = None,
@@ -58,10 +53,10 @@ def command(
     tolerance: Tolerance = 0.02,
     timeout: Annotated[float, typer.Option(help="Seconds for one case.", min=1, max=1e6)] = 1800,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", help="Cases at a time. Default: 2 small ones on the CPU.", min=1)
+        int | None, typer.Option("--jobs", "-j", help="Cases run at once. Default: 2 small ones on the CPU.", min=1)
     ] = None,
     record: Annotated[Path | None, typer.Option(help="Append each result to this file as it comes.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the record has.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip cases that are in the record.")] = False,
     snapshot: Annotated[
         Path | None, typer.Option(help="Folder for the allocator's history of each case (CUDA).")
     ] = None,
@@ -74,10 +69,7 @@ def command(
     Exit code 1: a case does not match, ran out of memory or failed.
     """
     if context.invoked_subcommand is not None:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-        if given:
-            raise InputError(f"--{given[0].replace('_', '-')} belongs behind {context.invoked_subcommand}")
+        refuse_options(context, context.invoked_subcommand)
         return 0
     check_format(format)
     check_output(output)
@@ -90,9 +82,10 @@ def command(
         "batch_size": batch_size, "seq_len": seq_len, "attention": attention, "layerwise": layerwise,
         "gradient_checkpointing": gradient_checkpointing, "gradient_accumulation": gradient_accumulation,
     }  # fmt: skip
+    targets = listed(target)
     wishes = Wishes(
         model, tuple(method or ()), implementation, workload, recipe,
-        None if target is None else tuple(t.strip() for t in target.split(",") if t.strip()),
+        None if targets is None else tuple(targets),
         {name: value for name, value in options.items() if value is not None},
         {name: value for name, value in assignments(hyperparameter or [], rank=rank).items() if value is not None},
     )  # fmt: skip
@@ -102,6 +95,17 @@ def command(
     if session.error is not None:
         raise session.error
     return 130 if session.interrupted else code
+
+
+def refuse_options(context: typer.Context, subcommand: str) -> None:
+    """Raises `InputError` where options are written before the subcommand, which would not see them."""
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if option.name in signature(report).parameters:
+            raise InputError(f"{option.opts[0]} is an option of verify {subcommand}: write it after {subcommand}")
+        raise InputError(f"{option.opts[0]} is an option of verify, not of {subcommand}")
 
 
 @app.command()
@@ -114,6 +118,7 @@ def report(
 ) -> int:
     """Show what is in records: predicted, measured, and the signed error per component and phase."""
     check_format(format)
+    check_output(output)
     from galore_mem.verify.record import Record, latest
     from galore_mem.verify.runner import judged
 

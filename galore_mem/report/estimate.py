@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from galore_mem.evidence import CLASSES
 from galore_mem.ledger import Entry
-from galore_mem.memory.tape import CATEGORIES, Bytes
+from galore_mem.memory.tape import CATEGORIES
+from galore_mem.report.overview import bands, exceptions, judged, kernels, legend, overview, within
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
 from galore_mem.result import Estimate, EstimateResult
-from galore_mem.units import GIB, MIB, format_bytes
-
-GLYPHS = "█▓▒░·"
-COLOURS = ("blue", "magenta", "yellow", "green", "white")
-SHORT = {"fits": "fits", "tight": "tight", "does_not_fit": "no"}
-VERDICTS = {"fits": "green", "tight": "yellow", "no": "red"}
-LEGEND = "  ".join(f"{g} {c.replace('_', ' ')}" for g, c in zip(GLYPHS, CATEGORIES, strict=True))
-BAR = 20
+from galore_mem.units import format_bytes
 
 
 def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool, plain: bool) -> str:
@@ -24,7 +17,7 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
     if format == "csv":
         return _tensor_csv(result) if tensors else _csv(result)
     show = to_markdown if format == "markdown" else lambda table: to_terminal(table, plain=plain)
-    parts = [show(overview(result))]
+    parts = [show(overview(result, _footer(result)))]
     if explain:
         parts += ["\n".join(explanation(e)) + "\n" for e in result.estimates]
     if tensors:
@@ -32,67 +25,23 @@ def render(result: EstimateResult, format: str, *, explain: bool, tensors: bool,
     return "\n".join(parts)
 
 
-def overview(result: EstimateResult) -> Table:
-    """One row a method: residents, the peak with its phase, what it is made of, the verdict."""
-    highest, unit = max(e.peak_allocated_bytes for e in result.estimates), unit_of(result)
-    baseline = next((e for e in result.estimates if e.method == "adamw"), None)
-    judged = any(e.fits for e in result.estimates)
-    reserves = any(e.peak_reserved_bytes is not None for e in result.estimates)
-    columns = [
-        Column("method"), Column("implementation", drop=6), Column("weights", right=True, drop=4),
-        Column("gradients", right=True, drop=5), Column("state", right=True, drop=1), Column("peak", right=True),
-        Column("in"), *([Column("reserved", right=True)] if reserves else []), Column("within", drop=3),
-        Column("vs adamw", right=True, drop=4),
-        Column("at the peak", colours=dict(zip(GLYPHS, COLOURS, strict=True)), drop=2),
-    ]  # fmt: skip
-    if judged:
-        columns.append(Column(str(result.setup["gpu"]), colours=VERDICTS))
-    rows = []
-    for e in result.estimates:
-        mark = "" if e.layerwise == result.setup["layerwise"] else "*"
-        sizes = (e.weights_bytes, e.gradients_bytes, e.optimizer_state_bytes, e.peak_allocated_bytes)
-        row = [
-            e.method + mark, e.implementation, *(amount(n, unit) for n in sizes), e.peak.name,
-            *([amount(e.peak_reserved_bytes or 0, unit)] if reserves else []), within(e), saving(e, baseline),
-            bar(e.peak.components, highest),
-        ]  # fmt: skip
-        if judged:
-            row.append(verdict(e))
-        rows.append(tuple(row))
-    return Table(_title(result), tuple(columns), tuple(rows), tuple(_footer(result)))
-
-
-def _title(result: EstimateResult) -> str:
-    m, s = result.model, result.setup
-    return (
-        f"{m['name']}: {m['parameters']:,} parameters, {m['parameters_projected']:,} projected; "
-        f"batch {s['batch_size']} x {s['seq_len']} tokens, {s['recipe']}, {s['attention']} attention"
-        + (", checkpointing" if s["gradient_checkpointing"] else "")
-        + (", layer-wise update" if s["layerwise"] else "")
-    )
-
-
 def _footer(result: EstimateResult) -> Iterator[str]:
-    yield LEGEND
-    unit = "GiB (2^30 bytes)" if unit_of(result) == GIB else "MiB (2^20 bytes)"
-    yield f"{unit}. weights, gradients, state: tensors that stay; peak: torch's allocator, highest phase."
+    yield from legend(result)
     first = result.estimates[0]
     if result.setup["gpu"]:
         outside = format_bytes(first.outside_allocator_bytes)
         needed = "what is reserved" if first.reserve is None else "the peak"
         usual = "" if first.reserve is None else "the usual reserve at "
         yield (
-            f"{result.setup['gpu']}: GiB left (+) or missing (-) for {needed} and {outside} of CUDA context. fits: "
-            f"room for {usual}the upper end of the band; no: not even for the lower end; tight: between."
+            f"{result.setup['gpu']}: GiB to spare (+) or short (-) after {needed} and {outside} of CUDA context. fits: "
+            f"room for {usual}the upper end of the band; no: no room even for the lower end; tight: in between."
         )
         if first.reserve is not None:
             yield f"reserve: {first.reserve.text}."
     if first.peak_reserved_bytes is not None:
-        yield "reserved: what the allocator takes of the device. Room in its blocks that nothing fills (slack) counts."
+        yield "reserved: what the allocator takes from the device. Peaks include unused room in its blocks (slack)."
     yield from bands(result.estimates)
-    if any(e.layerwise != result.setup["layerwise"] for e in result.estimates):
-        other = "has no layer-wise update" if result.setup["layerwise"] else "updates layer by layer, inside backward"
-        yield f"* {other}."
+    yield from exceptions(result)
     common = set.intersection(*(set(e.assumptions) for e in result.estimates))
     yield from (f"Assumed: {a}." for a in first.assumptions if a in common)
     yield from kernels(result, common)
@@ -101,64 +50,6 @@ def _footer(result: EstimateResult) -> Iterator[str]:
     yield from (f"Note: {a}." for a in sorted(clipped - common))
     if any("activations" in n for n in first.not_counted):
         yield f"Not counted: {first.not_counted[0]}."
-
-
-def bands(estimates: Sequence[Estimate]) -> Iterator[str]:
-    """What the classes of evidence in the table mean."""
-    found = {e.confidence.evidence for e in estimates if e.confidence is not None}
-    told = "; ".join(f"{name}: {CLASSES[name]}" for name in CLASSES if name in found)
-    if told:
-        yield f"within: how far off the measured peak may be, by what was measured. {told}."
-
-
-def kernels(result: EstimateResult, common: set[str]) -> Iterator[str]:
-    """The attention kernels, where methods differ in them (a method's formats decide)."""
-    found: dict[str, list[str]] = {}
-    for e in result.estimates:
-        for a in e.assumptions:
-            if a.startswith("attention kernel") and a not in common:
-                found.setdefault(a, []).append(e.method)
-    widest = max(found, key=lambda a: len(found[a]), default=None)
-    for a, methods in found.items():
-        yield f"Assumed: {a}" + ("." if a == widest else f" for {', '.join(methods)}.")
-
-
-def unit_of(result: EstimateResult) -> int:
-    """GiB, or MiB for a table of small models."""
-    return GIB if max(e.peak_allocated_bytes for e in result.estimates) >= GIB else MIB
-
-
-def amount(n: int, unit: int) -> str:
-    return f"{n / unit:.2f}" if n >= unit // 100 or n == 0 else f"{n / unit:.4f}"
-
-
-def within(e: Estimate) -> str:
-    """How far off the measured peak may be, and what says so."""
-    return "" if e.confidence is None else e.confidence.short
-
-
-def saving(e: Estimate, baseline: Estimate | None) -> str:
-    if baseline is None or e is baseline:
-        return ""
-    change = e.peak_allocated_bytes / baseline.peak_allocated_bytes - 1
-    return f"{change:+.1%}"
-
-
-def bar(live: Bytes, highest: int) -> str:
-    """The components of a peak as a bar, the highest peak of the table filling it (largest remainders)."""
-    total = sum(live)
-    cells = max(1, round(BAR * total / highest)) if highest else 0
-    exact = [cells * part / total if total else 0.0 for part in live]
-    counts = [int(x) for x in exact]
-    for i in sorted(range(5), key=lambda i: counts[i] - exact[i])[: cells - sum(counts)]:
-        counts[i] += 1
-    return "".join(g * n for g, n in zip(GLYPHS, counts, strict=True))
-
-
-def verdict(e: Estimate) -> str:
-    if e.fits is None:
-        return ""
-    return f"{SHORT[e.fits.verdict]} {e.fits.headroom_bytes / GIB:+.2f}"
 
 
 # -- every number, for scripts -----------------------------------------------------------------------
@@ -180,12 +71,6 @@ def _csv(result: EstimateResult) -> str:
         for p in e.phases
     ]  # fmt: skip
     return to_csv(columns, rows)
-
-
-def judged(e: Estimate) -> tuple[object, ...]:
-    """Evidence, band, headroom and verdict; empty where there are none."""
-    told = (e.confidence.evidence, e.confidence.band) if e.confidence else ("", "")
-    return *told, *((e.fits.headroom_bytes, e.fits.verdict) if e.fits else ("", ""))
 
 
 def _tensor_csv(result: EstimateResult) -> str:
@@ -221,8 +106,11 @@ def explanation(e: Estimate) -> Iterator[str]:
     given = ", ".join(f"{k} {v}" for k, v in e.hyperparameters.items())
     yield f"{e.method} ({e.implementation}{'; ' + given if given else ''})"
     yield from _sum_lines("weights", [t for t in e.entries if t.kind == "weights"])
+    beside = [t for t in e.entries if t.kind == "buffers"]
+    if beside:
+        yield from _sum_lines("buffers, which each phase counts among the weights", beside)
     gradients = [t for t in e.entries if t.kind == "gradients"]
-    if e.layerwise:
+    if e.layerwise and e.gradients_bytes < sum(t.total for t in gradients):
         largest = format_bytes(e.gradients_bytes)
         yield f"  gradients = {e.gradients_bytes:,} B = {largest}: one at a time, the largest of"
         yield from _terms(gradients)
@@ -245,16 +133,16 @@ def explanation(e: Estimate) -> Iterator[str]:
         mark = "  <- peak" if phase is e.peak else ""
         yield f"  {phase.name} = {parts} = {format_bytes(phase.allocated_bytes)}{mark}"
         if phase.per_layer is not None and phase.per_layer[3]:
-            yield f"    activations grow by {format_bytes(phase.per_layer[3])} ({phase.per_layer[3]:,} B) a layer"
+            yield f"    activations grow by {format_bytes(phase.per_layer[3])} ({phase.per_layer[3]:,} B) per layer"
     if e.kept:
         total = sum(k.nbytes for k in e.kept if not k.shared)
-        yield f"  one layer keeps for backward {total:,} B = {format_bytes(total)}:"
+        yield f"  one layer keeps {total:,} B = {format_bytes(total)} for backward:"
         for k in e.kept:
             shape = " x ".join(map(str, k.shape)) or "scalar"
             shared = " (one for all layers)" if k.shared else ""
             yield f"    {k.nbytes:>13,} B  {k.dtype} {shape}: {', '.join(k.operations)}{shared}"
     if e.confidence is not None:
-        yield f"  within {e.confidence.short}: {e.confidence.text}"
+        yield f"  within {within(e)}: {e.confidence.told(e.peak_allocated_bytes)}"
     yield from (f"  assumed: {a}" for a in e.assumptions)
     yield from (f"  not counted: {n}" for n in e.not_counted)
 

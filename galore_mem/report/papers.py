@@ -35,7 +35,7 @@ def _cells(paper: str, table: str, cells: list[Cell]) -> Table:
         Column("printed", right=True),
         Column("computed", right=True),
         Column("unit"),
-        Column("verdict", colours={"reproduced": "green", "NOT": "red"}),
+        Column("verdict", colors={"reproduced": "green", "NOT": "red"}),
         Column("convention", drop=1),
     )
     rows = tuple(

@@ -8,6 +8,7 @@ from galore_mem.errors import unknown
 from galore_mem.evidence import CLASSES
 from galore_mem.memory.phases import PHASES
 from galore_mem.memory.tape import CATEGORIES
+from galore_mem.report.methods import KINDS, LAYERWISE, METHODS_SCHEMA, WHERE
 from galore_mem.report.schema_parts import (
     BYTES,
     FLAG,
@@ -33,7 +34,7 @@ def _estimate() -> Schema:
         **_answer(phase, PHASES),
         tensors=list_of(
             object_of(
-                kind={"enum": ["weights", "gradients", "optimizer_state"]},
+                kind={"enum": ["weights", "gradients", "optimizer_state", "buffers"]},
                 param=TEXT,
                 buffer=TEXT,
                 shape=list_of(BYTES),
@@ -63,8 +64,8 @@ def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
         verdict={"enum": ["fits", "tight", "does_not_fit"]},
     )
     confidence = object_of(
-        evidence={"enum": list(CLASSES)}, band={"type": "number"}, low_bytes=BYTES, high_bytes=BYTES,
-        reserved_band=or_null({"type": "number"}), text=TEXT,
+        evidence={"enum": list(CLASSES)}, band={"type": "number"}, band_above={"type": "number"}, low_bytes=BYTES,
+        high_bytes=BYTES, reserved_band=or_null({"type": "number"}), text=TEXT,
     )  # fmt: skip
     reserved = object_of(low_bytes=BYTES, usual_bytes=BYTES, high_bytes=BYTES, pairs=INT, text=TEXT)
     return {
@@ -74,6 +75,7 @@ def _answer(phase: Schema, names: Sequence[str]) -> dict[str, Schema]:
         "hyperparameters": HYPERPARAMETERS,
         "layerwise": FLAG,
         **dict.fromkeys(("weights_bytes", "gradients_bytes", "optimizer_state_bytes"), BYTES),
+        "buffers_bytes": or_null(BYTES),  # null: not told apart from the weights of each phase
         "phases": list_of(phase),
         "peak_phase": {"enum": list(names)},
         "peak_allocated_bytes": BYTES,
@@ -99,6 +101,7 @@ def _setup() -> dict[str, Schema]:
         "layerwise": FLAG,
         "keep_gradients": FLAG,
         "keep_logits": TEXT,
+        "load": TEXT,
         "use_cache": FLAG,
         "gradient_accumulation": INT,
         "transformers": TEXT,
@@ -130,9 +133,9 @@ def _result(name: str, one: Schema, setup: Schema) -> dict[str, Schema]:
 
 
 def _simulate() -> Schema:
-    names = SIMULATED_PHASES
-    phase = object_of(**_phase(names))
-    place: dict[str, Schema] = {"phase": {"enum": list(names)}, "module": TEXT, "operation": TEXT}
+    # (a program of one's own names its phases)
+    phase = object_of(**_phase(SIMULATED_PHASES) | {"name": TEXT})
+    place: dict[str, Schema] = {"phase": TEXT, "module": TEXT, "operation": TEXT}
     live = object_of(
         category={"enum": list(CATEGORIES)},
         name=TEXT,
@@ -145,7 +148,7 @@ def _simulate() -> Schema:
     sizes = ("requested_bytes", "tried_bytes", "allocated_bytes", "reserved_bytes", "free_bytes")
     timeline = object_of(
         events=BYTES,
-        phases=list_of(object_of(at=BYTES, name={"enum": list(names)})),
+        phases=list_of(object_of(at=BYTES, name=TEXT)),
         at=list_of(BYTES),
         **dict.fromkeys(CATEGORIES, list_of(BYTES)),
         reserved_bytes=or_null(list_of(BYTES)),
@@ -153,7 +156,7 @@ def _simulate() -> Schema:
     )
     one = object_of(
         ("timeline",),
-        **_answer(phase, names),
+        **_answer(phase, SIMULATED_PHASES) | {"peak_phase": TEXT},
         fragmentation_bytes=or_null(BYTES),
         retries=or_null(BYTES),
         events=BYTES,
@@ -186,6 +189,29 @@ def _papers() -> Schema:
     return object_of(
         schema={"const": "galore-mem.papers/1"}, cells=list_of(cell), tables=list_of(table), conventions=reasons
     )
+
+
+def _methods() -> Schema:
+    equations = object_of(WHERE, **dict.fromkeys(WHERE, TEXT))
+    counting = {"version": TEXT, "source": TEXT, "equations": equations, "notes": TEXTS}
+    code = object_of(name=TEXT, default=FLAG, **counting, layerwise={"enum": list(LAYERWISE)}, not_counted=TEXTS)
+    hyperparameter = object_of(
+        name=TEXT,
+        type={"enum": list(KINDS.values())},
+        default={"type": ["integer", "number", "string"]},
+        choices=TEXTS,
+        least=or_null(INT),
+        help=TEXT,
+    )
+    method = object_of(
+        name=TEXT,
+        title=TEXT,
+        citation=object_of(title=TEXT, authors=TEXT, where=TEXT),
+        paper=object_of(**counting),
+        implementations=list_of(code),
+        hyperparameters=list_of(hyperparameter),
+    )
+    return object_of(schema={"const": METHODS_SCHEMA}, methods=list_of(method))
 
 
 def _models() -> Schema:
@@ -236,6 +262,7 @@ def _verify() -> Schema:
         layerwise=FLAG,
         keep_gradients=FLAG,
         gradient_accumulation=INT,
+        load=TEXT,
         torch=TEXT,
         device=TEXT,
         target=or_null(TEXTS),
@@ -277,7 +304,14 @@ def _verify() -> Schema:
     )
 
 
-SCHEMAS = {"estimate": _estimate, "models": _models, "papers": _papers, "simulate": _simulate, "verify": _verify}
+SCHEMAS = {
+    "estimate": _estimate,
+    "methods": _methods,
+    "models": _models,
+    "papers": _papers,
+    "simulate": _simulate,
+    "verify": _verify,
+}
 
 
 def schema(name: str) -> Schema:

@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from galore_mem.memory.tape import CATEGORIES
-from galore_mem.report.estimate import (
-    COLOURS,
-    GLYPHS,
-    LEGEND,
-    VERDICTS,
-    amount,
-    bands,
-    bar,
-    judged,
-    kernels,
-    saving,
-    unit_of,
-    verdict,
-    within,
-)
+from galore_mem.report.overview import GLYPHS, PAINT, amount, bands, exceptions, judged, kernels, legend, overview
 from galore_mem.report.tables import Column, Table, to_csv, to_markdown, to_terminal
 from galore_mem.result import Phase
 from galore_mem.simulate.result import Live, Place, SimulateResult, Simulation
@@ -28,7 +14,6 @@ from galore_mem.units import GIB, MIB, format_bytes
 FEW = 3  # runs that are shown phase by phase
 TOP = 12  # rows of what lives at the peak, where not all are asked for
 GLYPH = dict(zip(CATEGORIES, GLYPHS, strict=True))
-PAINT = dict(zip(GLYPHS, COLOURS, strict=True))
 SHORT = ("weights", "gradients", "state", "activ.", "temp.")
 
 
@@ -38,53 +23,16 @@ def render(result: SimulateResult, format: str, *, everything: bool, plain: bool
     if format == "csv":
         return _live_csv(result) if everything else _csv(result)
     show = to_markdown if format == "markdown" else lambda table: to_terminal(table, plain=plain)
-    parts = [overview(result)]
+    parts = [summary(result)]
     if len(result.estimates) <= FEW or everything:
         for s in result.estimates:
             parts += [phases(s), at_peak(s, None if everything else TOP)]
     return "\n".join(show(table) for table in parts)
 
 
-def overview(result: SimulateResult) -> Table:
-    """One row a method: what stays, the peak with its phase, what is reserved for it, the verdict."""
-    runs = result.estimates
-    highest, unit = max(s.peak_allocated_bytes for s in runs), unit_of(result)
-    baseline = next((s for s in runs if s.method == "adamw"), None)
-    judged, reserves = any(s.fits for s in runs), any(s.peak_reserved_bytes is not None for s in runs)
-    columns = [
-        Column("method"), Column("implementation", drop=6), Column("weights", right=True, drop=4),
-        Column("gradients", right=True, drop=5), Column("state", right=True, drop=1), Column("peak", right=True),
-        Column("in"),
-    ]  # fmt: skip
-    columns += [Column("reserved", right=True)] if reserves else []
-    columns += [Column("within", drop=3)]
-    columns += [Column("vs adamw", right=True, drop=4), Column("at the peak", colours=PAINT, drop=2)]
-    columns += [Column(str(result.setup["gpu"]), colours=VERDICTS)] if judged else []
-    rows = []
-    for s in runs:
-        mark = "" if s.layerwise == result.setup["layerwise"] else "*"
-        sizes = (s.weights_bytes, s.gradients_bytes, s.optimizer_state_bytes, s.peak_allocated_bytes)
-        row = [s.method + mark, s.implementation, *(amount(n, unit) for n in sizes), s.peak.name]
-        row += [amount(s.peak_reserved_bytes or 0, unit)] if reserves else []
-        row += [within(s)]
-        row += [saving(s, baseline), bar(s.peak.components, highest)]
-        row += [verdict(s)] if judged else []
-        rows.append(tuple(row))
-    return Table(_title(result), tuple(columns), tuple(rows), tuple(_footer(result)), tuple(_refusals(result)))
-
-
-def _title(result: SimulateResult) -> str:
-    m, s = result.model, result.setup
-    told = [f"{m['name']}: {m['parameters']:,} parameters"]
-    if m["parameters_projected"]:
-        told[0] += f", {m['parameters_projected']:,} projected"
-    how = [] if s["batch_size"] is None else [f"batch {s['batch_size']} x {s['seq_len']} tokens"]
-    how += [] if s["recipe"] is None else [s["recipe"]]
-    how += [] if s["attention"] is None else [f"{s['attention']} attention"]
-    how += ["checkpointing"] if s["gradient_checkpointing"] else []
-    how += [f"{s['gradient_accumulation']} micro-batches"] if s["gradient_accumulation"] > 1 else []
-    how += ["layer-wise update"] if s["layerwise"] else []
-    return "; ".join([*told, ", ".join(how)] if how else told)
+def summary(result: SimulateResult) -> Table:
+    """One row a method."""
+    return overview(result, _footer(result), _refusals(result))
 
 
 def _refusals(result: SimulateResult) -> Iterator[str]:
@@ -95,22 +43,19 @@ def _refusals(result: SimulateResult) -> Iterator[str]:
 
 def _footer(result: SimulateResult) -> Iterator[str]:
     runs, setup = result.estimates, result.setup
-    yield LEGEND
-    unit = "GiB (2^30 bytes)" if unit_of(result) == GIB else "MiB (2^20 bytes)"
-    yield f"{unit}. weights, gradients, state: tensors that stay; peak: torch's allocator, highest phase."
+    yield from legend(result)
     if setup["device"] == "cuda":
-        yield "reserved: what the allocator takes of the device. Room in its blocks that nothing fills (slack) counts."
+        yield "reserved: what the allocator takes from the device. Peaks include unused room in its blocks (slack)."
     if setup["gpu"]:
         outside = format_bytes(runs[0].outside_allocator_bytes)
         yield (
-            f"{setup['gpu']}: GiB left (+) or missing (-) for what is reserved and {outside} of CUDA context; tight: "
-            "served only after cached memory was given back, or at one end of the band but not at the other."
+            f"{setup['gpu']}: GiB to spare (+) or short (-) after what is reserved and {outside} of CUDA context; "
+            "tight: it ran only after cached memory was released, or fits at one end of the band and not at the other."
         )
     yield from bands(runs)
     if any(s.refusal for s in runs):
-        yield "What ran out of memory is shown as it would be on a card with room."
-    if any(s.layerwise != setup["layerwise"] for s in runs):
-        yield f"* {'has no layer-wise update' if setup['layerwise'] else 'updates layer by layer, inside backward'}."
+        yield "A run that ran out of memory is shown as on a card that is large enough."
+    yield from exceptions(result)
     common = set.intersection(*(set(s.assumptions) for s in runs))
     yield from (f"Assumed: {a}." for a in runs[0].assumptions if a in common)
     for s in runs:
@@ -132,7 +77,7 @@ def phases(s: Simulation) -> Table:
     columns = [Column("phase"), Column("allocated", right=True)]
     columns += [Column("reserved", right=True)] if reserves else []
     columns += [Column(name, right=True) for name in SHORT]
-    columns += [Column("of it slack", right=True, drop=1)] if reserves else []
+    columns += [Column("incl. slack", right=True, drop=1)] if reserves else []
     rows = [tuple(_phase(p, unit, reserves=reserves)) for p in s.phases]
     footer = []
     if reserves:
@@ -158,7 +103,7 @@ def at_peak(s: Simulation, top: int | None) -> Table:
         return Table("", (), ())
     unit = GIB if s.peak_allocated_bytes >= GIB else MIB
     columns = (
-        Column("", colours=PAINT), Column("bytes", right=True), Column("x", right=True), Column("what"),
+        Column("", colors=PAINT), Column("bytes", right=True), Column("x", right=True), Column("what"),
         Column("each", drop=2), Column("made in", drop=1),
     )  # fmt: skip
     shown, rest = s.at_peak.live[:top], s.at_peak.live[top:] if top is not None else ()

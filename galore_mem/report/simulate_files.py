@@ -24,6 +24,8 @@ class Files:
                 raise InputError(f"cannot write {shown_path(path)}: there is no such folder")
         if picture is not None:
             timeline.check(picture)
+        if snapshot is not None and snapshot.suffix.lower() != ".pickle":
+            raise InputError(f"cannot write {shown_path(snapshot)}: a snapshot is a .pickle file")
         if snapshot is not None and device != "cuda":
             raise InputError("--snapshot is the CUDA allocator's history; leave it out with --device cpu")
         if snapshot is not None and methods is not None and len(methods) != 1:

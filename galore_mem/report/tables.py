@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading; `right` aligns numbers; `colours` gives words of a cell, or single characters, a rich style;
+    """A heading; `right` aligns numbers; `colors` gives words of a cell, or single characters, a rich style;
     the column with the highest `drop` goes first where a terminal is too narrow (0: never)."""
 
     name: str
     right: bool = False
-    colours: Mapping[str, str] = field(default_factory=dict)
+    colors: Mapping[str, str] = field(default_factory=dict)
     drop: int = 0
 
 
@@ -57,7 +57,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_terminal(table: Table, *, plain: bool) -> str:
-    """The table in aligned columns: drawn by rich with colours on a terminal, as bare text elsewhere (files, pipes)."""
+    """The table in aligned columns: drawn by rich with colors on a terminal, as bare text elsewhere (files, pipes)."""
     terminal = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return _drawn(table) if terminal and not plain else _aligned(table)
 
@@ -101,9 +101,9 @@ def _drawn(table: Table) -> str:
 
 
 def _painted(text: Any, cell: str, column: Column) -> Any:
-    """A cell with the column's colours, by its words and by its characters."""
+    """A cell with the column's colors, by its words and by its characters."""
     painted = text(cell)
-    for part, style in column.colours.items():
+    for part, style in column.colors.items():
         painted.highlight_words([part], style)
     return painted
 

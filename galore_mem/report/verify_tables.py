@@ -24,7 +24,7 @@ from galore_mem.units import format_bytes
 from galore_mem.verify.case import BAD, COUNTED, STATUSES, Outcome
 from galore_mem.verify.paper import paper_state
 
-COLOURS = {"ok": "green", **dict.fromkeys(BAD, "bold red")}
+COLORS = {"ok": "green", **dict.fromkeys(BAD, "bold red")}
 LEGEND = (
     "stays: weights, gradients and optimizer state, each of them, or the one that differs most; peak: the highest "
     "phase, measured; worst: the phase whose peak is predicted worst; error: predicted minus measured."
@@ -47,7 +47,7 @@ def overviews(outcomes: Sequence[Outcome]) -> Iterator[Table]:
 def _overview(heading: str, outcomes: Sequence[Outcome]) -> Table:
     common, varying = _hyperparameters(outcomes)
     columns = [
-        Column("", colours=COLOURS), Column("method"), Column("implementation"),
+        Column("", colors=COLORS), Column("method"), Column("implementation"),
         *([Column("with")] if varying else []), Column("stays", drop=4), Column("peak", right=True, drop=1),
         Column("predicted", right=True, drop=5), Column("worst"), Column("error", right=True, drop=6),
         Column("off", right=True),
