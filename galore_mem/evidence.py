@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ FILE = Path(__file__).with_name("evidence.json")
 GPU, CPU, APART, FORMULA = "gpu", "cpu", "apart", "formula"  # classes, from the strongest
 CLASSES = {
     GPU: "this family and method, on GPUs, by others", CPU: "this family and method, in real steps on the CPU",
-    APART: "the family and the method, each with others",
-    FORMULA: "the family, the method or the way to train never was; the band is assumed",
+    APART: "family, method and way to train were each measured, but not together",
+    FORMULA: "the family, the method or the way to train was never measured; the band is assumed",
 }  # fmt: skip
-NOTHING: dict[str, tuple[str, ...]] = {GPU: (), CPU: ()}
 FOLLOWED = "estimate --reserved"
 OWN = "module:function"  # family, method and implementation of a training step that is not ours
 ASSUMED = 0.05  # the band where nothing was measured: an assumption, and said to be one
@@ -33,8 +32,9 @@ SEGMENT = 2 << 20  # bytes: the allocator reserves in multiples of it (c10/cuda/
 
 
 class Compared(NamedTuple):
-    """Runs of a family with a method by an implementation in one place (`cpu`, or a card's name): how many, and the
-    lowest and highest signed error of the predicted peak, as a share of the measured one."""
+    """Runs of a family with a method by an implementation in one place (`cpu`, or a card's name): how many, the lowest
+    and highest signed error of the predicted peak, as a share of the measured one, and the ways in which they trained
+    (`ways`)."""
 
     place: str
     family: str
@@ -43,6 +43,7 @@ class Compared(NamedTuple):
     runs: int
     lowest: float
     highest: float
+    ways: tuple[str, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -51,23 +52,35 @@ class Compared(NamedTuple):
 
 class Confidence(NamedTuple):
     """The class of evidence behind a prediction, and how far the measured peak may be from the predicted one: between
-    `1 - band` and `1 + band` times it. `reserved_band` is the same of the reserved peak, where one is predicted."""
+    `1 - band` and `1 + band` times it. `reserved_band` is the same of the reserved peak, where one is predicted.
+    `slack`: of a peak from so many bytes on, the share that the allocator's blocks may add which the prediction knows
+    nothing of, the largest size first."""
 
     evidence: str
     band: float
     text: str
     reserved_band: float | None = None
+    slack: tuple[tuple[int, float], ...] = ()
 
-    @property
-    def short(self) -> str:
-        """The band and its class in a few letters."""
-        return f"{self.band:.1%} {self.evidence}"
+    def above(self, nbytes: int) -> float:
+        """The band's upper end for a peak of so many bytes."""
+        return max(self.band, next((share for least, share in self.slack if nbytes >= least), 0.0))
+
+    def short(self, nbytes: int) -> str:
+        """The wider end of the band of a peak of so many bytes, and its class, in a few letters."""
+        return f"{self.above(nbytes):.1%} {self.evidence}"
+
+    def told(self, nbytes: int) -> str:
+        """The same in words."""
+        above = self.above(nbytes)
+        more = f"; unused room in the allocator's blocks may add up to {above:.1%}" if above > self.band else ""
+        return f"{self.text}{more}"
 
     def low(self, nbytes: int) -> int:
         return int(nbytes * (1 - self.band))
 
     def high(self, nbytes: int) -> int:
-        return math.ceil(nbytes * (1 + self.band))
+        return math.ceil(nbytes * (1 + self.above(nbytes)))
 
     def high_reserved(self, nbytes: int) -> int:
         """Of a predicted reserved peak, what may be reserved at most."""
@@ -76,8 +89,9 @@ class Confidence(NamedTuple):
     def to_json(self, nbytes: int) -> dict[str, Any]:
         """With the band of a peak of so many bytes."""
         return {
-            "evidence": self.evidence, "band": self.band, "low_bytes": self.low(nbytes),
-            "high_bytes": self.high(nbytes), "reserved_band": self.reserved_band, "text": self.text,
+            "evidence": self.evidence, "band": self.band, "band_above": self.above(nbytes),
+            "low_bytes": self.low(nbytes), "high_bytes": self.high(nbytes), "reserved_band": self.reserved_band,
+            "text": self.told(nbytes),
         }  # fmt: skip
 
 
@@ -98,8 +112,8 @@ class Reserve(NamedTuple):
     @property
     def text(self) -> str:
         return (
-            f"reserved was {self.lowest:.2f} to {self.highest:.2f} times allocated, {self.median:.2f} at the median, "
-            f"in {self.pairs} published runs on a GPU; simulate follows the allocator itself"
+            f"in {self.pairs} published GPU runs the allocator reserved {self.lowest:.2f} to {self.highest:.2f} times "
+            f"what was allocated (median {self.median:.2f}); --reserved and simulate follow the allocator itself"
         )
 
     def to_json(self, allocated: int) -> dict[str, Any]:
@@ -116,7 +130,7 @@ def _data() -> dict[str, Any]:
 def compared(predictor: str) -> tuple[Compared, ...]:
     """All that a predictor was compared with. (On the CPU, where no allocator is followed, `--reserved` changes
     nothing.)"""
-    own = tuple(Compared(*row) for row in _data()["errors"].get(predictor, ()))
+    own = tuple(Compared._make((*told, tuple(ways))) for *told, ways in _data()["errors"].get(predictor, ()))
     return own if predictor != FOLLOWED else own + tuple(row for row in compared("estimate") if row.place == CPU)
 
 
@@ -126,68 +140,86 @@ def reserve(attention: str) -> Reserve | None:
     return None if row is None else Reserve(*row)
 
 
-def confidence(predictor: str, setup: Setup, family: str | None, method: str, implementation: str) -> Confidence:
-    """The evidence for `estimate`'s or `simulate`'s peak of one run.
+def confidence(
+    predictor: str, setup: Setup, family: str | None, method: str, implementation: str, settings: str = ""
+) -> Confidence:
+    """The evidence for `estimate`'s or `simulate`'s peak of one run; `settings` are its allocator's.
 
     `gpu`: the family with the method was measured on a GPU (by others); `cpu`: in real steps on the CPU, so that what
-    a card does differently rests on PyTorch's sources and on the errors of other runs on GPUs; `apart`: only each with
-    something else; `formula`: one of them, or how the setup trains, was never measured.
+    a card does differently rests on PyTorch's sources and on the errors of other runs on GPUs; `apart`: family, method
+    and way to train were each measured, but not together; `formula`: one of them never was.
     """
     usual = _data().get("usual", {}).get(predictor, 0.0)
-    unseen = {place: [way for way in ways(setup) if way not in _data()["ways"][place]] for place in (GPU, CPU)}
-    found = weighed(compared(predictor), usual, setup.device, family, method, implementation, unseen)
-    found = found._replace(band=max(found.band, LEAST), reserved_band=_data().get("usual_reserved", {}).get(predictor))
-    nowhere = [way for way in unseen[GPU] if way in unseen[CPU]]
-    if not nowhere:
-        return found
-    text = f"nothing with {', '.join(nowhere)} was measured; {BY_GUESS}"
-    return found._replace(evidence=FORMULA, band=max(found.band, ASSUMED), text=text)
+    asked = Asked(setup.device, family, method, implementation, ways(setup, settings))
+    found = weighed(compared(predictor), usual, asked)
+    on_card = setup.device == "cuda"
+    return found._replace(
+        band=max(found.band, LEAST),
+        reserved_band=_data()["usual_reserved"].get(predictor) if on_card else None,
+        slack=tuple((least, share) for least, share in _data()["slack"].get(predictor, ())) if on_card else (),
+    )
 
 
-def ways(setup: Setup) -> tuple[str, ...]:
-    """Of a setup, what decides which operations run."""
+def ways(setup: Setup, settings: str = "") -> tuple[str, ...]:
+    """Of a setup, what decides which operations run, and how the allocator serves them."""
     switches = {
         "gradient checkpointing": setup.gradient_checkpointing, "a layer-wise update": setup.layerwise,
         "gradient accumulation": setup.gradient_accumulation > 1, "keys and values": setup.use_cache,
+        f"allocator settings {settings}": bool(settings),
     }  # fmt: skip
     named = (f"recipe {setup.recipe.name}", f"attention {setup.attention}", f"loss {setup.loss}")
     return *named, *(way for way, on in switches.items() if on)
 
 
-def weighed(
-    rows: Iterable[Compared], usual: float, device: str, family: str | None, method: str, implementation: str,
-    unseen: Mapping[str, Sequence[str]] = NOTHING,
-) -> Confidence:  # fmt: skip
+class Asked(NamedTuple):
+    """A run whose peak is predicted."""
+
+    device: str
+    family: str | None
+    method: str
+    implementation: str
+    ways: tuple[str, ...] = ()
+
+
+def weighed(rows: Iterable[Compared], usual: float, asked: Asked) -> Confidence:
     """The same from given comparisons. `usual`: what 95 of 100 runs on GPUs stay within; less is promised of none, for
-    a run that happened to be exact says nothing of the next. `unseen`: how the setup trains as no run on a GPU, or on
-    the CPU, did."""
+    a run that happened to be exact says nothing of the next."""
     rows = tuple(rows)
-    cards = [row for row in rows if row.place != CPU] if device == "cuda" else []
+    cards = [row for row in rows if row.place != CPU] if asked.device == "cuda" else []
     here = [row for row in rows if row.place == CPU]
-    both = _with(lambda row: (row.family, row.method, row.implementation) == (family, method, implementation))
-    on_card, on_cpu = both(cards), both(here)
-    if on_card and not unseen[GPU]:
+    on_card, on_cpu = _same(cards, asked), _same(here, asked)
+    general = _worst(cards or here)
+    if on_card and not _unseen(on_card, asked):
         band = max(_worst(on_card), usual)
         return Confidence(GPU, band, f"{_runs(on_card)} of this family and method on {_places(on_card)}, by others")
-    general = _worst(cards or here)
-    if on_cpu and not unseen[CPU]:
-        band = max(_worst(on_cpu), general if device == "cuda" else 0.0)
+    if on_cpu and not _unseen(on_cpu, asked):
+        band = max(_worst(on_cpu), general if asked.device == "cuda" else 0.0)
         behind = f"; the band is the largest error of {_runs(cards)} of others on GPUs" if cards else ""
         return Confidence(CPU, band, f"{_runs(on_cpu)} of this family and method on the CPU{behind}")
-    by_method = _with(lambda row: (row.method, row.implementation) == (method, implementation))(rows)
-    by_family = _with(lambda row: row.family == family)(rows)
-    if by_method and by_family:
-        band = max(general, _worst([*by_method, *by_family]))
-        text = f"{_runs(by_family)} of the family with other methods, {_runs(by_method)} of the method elsewhere"
-        apart = dict.fromkeys([*unseen[GPU], *unseen[CPU]]) if on_card or on_cpu else ()
-        other = f", {' and '.join(apart)} elsewhere" if apart else ""
-        return Confidence(APART, band, f"{text}{other}; the band is the largest error of any")
-    missing = " and ".join([*["this family"] * (not by_family), *["this method"] * (not by_method)])
-    return Confidence(FORMULA, max(general, ASSUMED), f"nothing of {missing} was measured; {BY_GUESS}")
+    by_method = [row for row in rows if (row.method, row.implementation) == asked[2:4]]
+    by_family = [row for row in rows if row.family == asked.family]
+    missing = [*["this family"] * (not by_family), *["this method"] * (not by_method), *_unseen(rows, asked)]
+    if missing:
+        return Confidence(
+            FORMULA, max(general, ASSUMED), f"nothing of {' and '.join(missing)} was measured; {BY_GUESS}"
+        )
+    band = max(general, _worst([*by_method, *by_family]))
+    apart = _unseen([*on_card, *on_cpu], asked) if on_card or on_cpu else ()
+    text = (
+        f"{_runs([*on_card, *on_cpu])} of this family and method, {' and '.join(apart)} with others" if apart else
+        f"{_runs(by_family)} of the family with other methods, {_runs(by_method)} of the method elsewhere"
+    )  # fmt: skip
+    return Confidence(APART, band, f"{text}; the band is the largest error of any")
 
 
-def _with(asked: Callable[[Compared], bool]) -> Callable[[Iterable[Compared]], list[Compared]]:
-    return lambda rows: [row for row in rows if asked(row)]
+def _same(rows: Iterable[Compared], asked: Asked) -> list[Compared]:
+    return [row for row in rows if (row.family, row.method, row.implementation) == asked[1:4]]
+
+
+def _unseen(rows: Iterable[Compared], asked: Asked) -> list[str]:
+    """Ways to train that no run had."""
+    seen = {way for row in rows for way in row.ways}
+    return [way for way in asked.ways if way not in seen]
 
 
 def _worst(rows: Iterable[Compared]) -> float:

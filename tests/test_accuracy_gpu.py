@@ -21,7 +21,7 @@ from galore_mem.simulate import loads
 from galore_mem.simulate.trace import Allocation, Mark, Trace
 
 SUITE = Path(__file__).parents[1] / "benchmarks" / "accuracy"
-NAMES = ("gpu", "gpu_loops", "gpu_rows", "report_gpu")
+NAMES = ("report_limits", "gpu", "gpu_loops", "gpu_rows", "report_gpu")
 
 
 @pytest.fixture
@@ -215,17 +215,17 @@ def test_names_are_read_in_natural_order(suite: Any) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_small_row(suite: Any, method: str) -> None:
-    """`simulate` has what `estimate` does not count in any phase: the batch (2 x 32 ids of 8 bytes: a block) and two
-    buffers of the rotary embedding (a block each); and what the allocator leaves in its blocks, nothing here. While the
-    output lives, so does the gradient that checkpointing makes the embeddings want."""
+    """`simulate` has what `estimate` does not count in any phase: the batch (2 x 32 ids of 8 bytes: a block), and what
+    the allocator leaves in its blocks, nothing here. While the output lives, so does the gradient that checkpointing
+    makes the embeddings want."""
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     row = suite.gpu_rows.Row({**TOLD, "method": method})
     estimated, simulated = suite.gpu.estimated(row), suite.gpu.as_they_ran(row)
     assert simulated["residents"]["optimizer_state"] == estimated["residents"]["optimizer_state"]
     assert simulated["residents"]["weights"] == estimated["residents"]["weights"]
-    assert simulated["loaded"] - estimated["loaded"] == 2 * 512
-    assert simulated["phases"]["step"] - estimated["phases"]["step"] == 3 * 512
+    assert simulated["loaded"] == estimated["loaded"]
+    assert simulated["phases"]["step"] - estimated["phases"]["step"] == 512
     assert simulated["peak"] <= simulated["reserved"]
 
 
@@ -246,6 +246,5 @@ def test_the_section(suite: Any) -> None:
     assert errors == {
         ("estimate", "peak"): 0.01, ("estimate", "step"): -0.01, ("simulate", "peak"): 0, ("simulate", "step"): 0,
     }  # fmt: skip
-    text = "\n".join(suite.report_gpu.section(lines))
-    assert "+1.000 %" in text
-    assert "it is inference" in text
+    assert "+1.000 %" in "\n".join(suite.report_gpu.section(lines))
+    assert "it is inference" in "\n".join(suite.report_limits.section(lines))

@@ -5,7 +5,7 @@
 
 What has been run is in a record (record.jsonl beside this file) and is not run again, so an interrupted run goes on
 where it was; `--again` runs it anew, with words only the cases that have them all in their names (`--again gpt2
-amp-bf16`). docs/accuracy.md and docs/accuracy.png, the README's table and what the package carries of it
+amp-bf16`). docs/accuracy.md with its figure and its cases, the README's table and what the package carries of it
 (galore_mem/evidence.json) are written from the record at the end; `--only` with no part only writes them.
 """
 
@@ -24,14 +24,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, which is imported later, reads it
 
 import evidence
+import gpu_rows
 import plot
 import readme
-from errors import Pair, text
+from errors import Pair, apart, text
 from record import VERSIONS, Line, Part, good, part_of, read, run, tidy
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-DOCUMENT = ROOT / "docs" / "accuracy.md"
+DOCUMENT, RECORD = ROOT / "docs" / "accuracy.md", HERE / "record.jsonl"
 # a part's name, and its module: `cases()` and `run(case)`
 PARTS = {
     "cpu": "cpu",
@@ -42,11 +43,12 @@ PARTS = {
 # the document's sections: a module with `section(lines)`, given the lines of this part. Those of the figure's panels
 # have `pairs(lines)` too: what was predicted and what was measured (`errors.Pair`).
 SECTIONS = {
-    "report_cpu": "cpu",
+    "report_limits": "gpu",
     "report_gpu": "gpu",
     "report_recorded": "recorded",
     "report_peers": "gpu",
     "report_agreement": "agreement",
+    "report_cpu": "cpu",
 }
 MEASURED = ("cpu", "gpu")  # parts in which something was measured: what the package says of its own errors
 PANELS = {"Real steps on the CPU": "report_cpu", "Others' real runs on GPUs": "report_gpu"}
@@ -67,9 +69,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", nargs="*", metavar="WORD")
     parser.add_argument("--tidy", action="store_true", help="drop lines of the record that later ones replace")
-    parser.add_argument("--record", type=Path, default=HERE / "record.jsonl")
+    parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--output", type=Path, default=DOCUMENT)
     given = parser.parse_args()
+    if gpu_rows.OTHER and (given.record == RECORD or given.output == DOCUMENT):
+        parser.error("GALORE_MEM_GPU_RUNS names other runs: give them a --record and an --output of their own")
     run({name: known[name] for name in given.only}, given.record, given.jobs, given.again)
     if given.tidy:
         tidy(given.record, [(name, key) for name, part in known.items() for key in part.tasks])
@@ -80,11 +84,16 @@ def main() -> None:
     measured = [[line for line in by_part.get(name, ()) if good(line)] for name in MEASURED]
     if all(measured) and given.output == DOCUMENT:
         verified = ROOT / "benchmarks" / "verify.jsonl"
-        evidence.write(ROOT / "galore_mem" / "evidence.json", chain.from_iterable(measured), verified)
+        compared = [line for line in by_part["agreement"] if good(line)]
+        evidence.write(ROOT / "galore_mem" / "evidence.json", chain.from_iterable(measured), verified, compared)
     figure = given.output.with_suffix(".png")
     drawn = plot.draw(pairs_of(PANELS, by_part), figure)
     wanted = {name: len(part.tasks) for name, part in known.items()}
-    given.output.write_text(document(by_part, wanted, figure.name if drawn else None), encoding="utf-8")
+    cases = given.output.with_name(f"{given.output.stem}-cases.md")
+    kept, moved = apart(document(by_part, wanted, figure.name if drawn else None), cases.name)
+    of_cases = ["# Accuracy, case by case", f"Written with [{given.output.name}]({given.output.name}).", *moved]
+    for path, paragraphs in ((given.output, kept), (cases, of_cases)):
+        path.write_text("\n\n".join(one.rstrip() for one in paragraphs) + "\n", encoding="utf-8")
     if given.output == DOCUMENT:
         readme.write(ROOT / "README.md", pairs_of(BESIDE, by_part))
 
@@ -99,16 +108,17 @@ def pairs_of(reports: Mapping[str, str], by_part: Mapping[str, Sequence[Line]]) 
     return found
 
 
-def document(by_part: Mapping[str, Sequence[Line]], wanted: Mapping[str, int], figure: str | None) -> str:
-    """Every number in it is from the record."""
-    paragraphs = ["# Accuracy", *head(by_part, wanted)]
+def document(by_part: Mapping[str, Sequence[Line]], wanted: Mapping[str, int], figure: str | None) -> Iterator[str]:
+    """Its paragraphs. Every number in it is from the record."""
+    yield "# Accuracy"
+    yield from head(by_part, wanted)
+    yield readme.summary(pairs_of(BESIDE, by_part))
     if figure is not None:
-        paragraphs.append(f"![Predicted against measured, and the signed errors]({figure})")
+        yield f"![Predicted against measured, and the signed errors]({figure})"
     for name, part in SECTIONS.items():
         lines = [line for line in by_part.get(part, ()) if good(line)]
         if lines and find_spec(name):
-            paragraphs += import_module(name).section(lines)
-    return "\n\n".join(paragraph.rstrip() for paragraph in paragraphs) + "\n"
+            yield from import_module(name).section(lines)
 
 
 def head(by_part: Mapping[str, Sequence[Line]], wanted: Mapping[str, int]) -> Iterator[str]:

@@ -94,12 +94,12 @@ def _methods() -> Iterator[Both]:
 
 def runs(case: Both) -> bool:
     """Can it be run here, as far as packages say?"""
-    from galore_mem.verify.builders import Unsupported, builder
+    from galore_mem.verify.builders import CannotRun, builder
     from galore_mem.verify.case import TRAIN
 
     try:
         builder(case.method, case.implementation).check(TRAIN, case.work())
-    except Unsupported:
+    except CannotRun:
         return False
     return (case.method, case.implementation) not in NEEDS_A_CARD
 

@@ -79,7 +79,7 @@ class Trained:
 
     @property
     def key(self) -> str:
-        options = dict(self.options)
+        options = _said(self.options)
         size = f"{options.pop('batch_size')}x{options.pop('seq_len')}"
         names = self.model, self.method, self.implementation, self.recipe, size
         return " ".join((*names, *map(_option, options.items())))
@@ -134,6 +134,11 @@ def _option(pair: tuple[str, Any]) -> str:
         return str(value)
     shown = name.removeprefix("gradient_").replace("_", "-")
     return shown if value is True else f"{shown}={value}"
+
+
+def _said(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without switches that are off."""
+    return {name: value for name, value in options.items() if value is not False}
 
 
 def config(name: str, size: str) -> dict[str, Any]:
@@ -265,12 +270,21 @@ def _all() -> Iterator[Trained]:
                 yield Trained(name, method, code, fmt, given)
     for method, code in here():
         yield Trained("llama", method, code, "pure-bf16", shape(1, 128))
+        yield Trained("llama", method, code, "amp-bf16", shape(2, 64, gradient_accumulation=2))
+        yield Trained("llama", method, code, "fp32", shape(2, 96, layerwise=layerwise(method, code), **CHECKPOINTED))
     for name, method, code in FP32:
         yield Trained(name, method, code, "fp32", shape(2, 192))
     for name, method, code, fmt in LAYERWISE:
         yield Trained(name, method, code, fmt, shape(1, 192, layerwise=True))
     for given in (*ADAPTERS, *ACCUMULATED, *LOOPS):
         yield Trained(*given)
+
+
+def layerwise(method: str, implementation: str) -> bool:
+    """Is there a layer-wise update?"""
+    from galore_mem.methods.registry import METHODS
+
+    return METHODS[method].implementation(implementation).layerwise
 
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft")  # a reader need install no more

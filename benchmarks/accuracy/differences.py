@@ -7,8 +7,10 @@ from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
+from galore_mem.ledger import registered
 from galore_mem.memory.phases import Work, stepping, training
 from galore_mem.memory.tape import OPTIMIZER_STATE, WEIGHTS, Storage, Tape
+from galore_mem.units import round_up
 
 SHALLOW = 3  # layers of the model in which differences are looked for: a first, one between, a last
 PHASES = ("forward", "backward", "step", "refresh")
@@ -49,8 +51,9 @@ def dropped(storage: Storage) -> None:
 
 
 def estimated(work: Work) -> tuple[dict[str, Counter[int]], int]:
-    """Blocks at each phase's highest moment, without optimizer state but in steps and layer-wise updates; and the bytes
-    that are kept from the passes to the steps. The loss is computed in forward."""
+    """Blocks at each phase's highest moment, without optimizer state but in steps and layer-wise updates, and without
+    the model's buffers in steps; and the other bytes that are kept from the passes to the steps. The loss is computed
+    in forward."""
     tapes: list[Watched] = []
 
     def tape(self: Work) -> Watched:
@@ -58,7 +61,7 @@ def estimated(work: Work) -> tuple[dict[str, Counter[int]], int]:
         return tapes[-1]
 
     with patch.object(Work, "tape", tape), patch.object(Storage, "__del__", dropped):
-        retained = sum(training(work).retained)
+        retained = sum(training(work).retained[1:])
         if not work.setup.layerwise:
             stepping(work)
         elif work.code.refreshes:
@@ -83,12 +86,17 @@ def differences(work: Work, row: Any) -> dict[str, list[list[Any]]]:
     trace = trace_work(work, row).trace
     (twins, retained), moments = estimated(work), trace.peaks()
     known = {row.name for row in work.model.parameters()}
+    beside = [
+        round_up(e.nbytes, trace.granularity) for e in registered(work.model, work.setup) for _ in range(e.repeat)
+    ]
     found: dict[str, list[list[Any]]] = {}
     for phase in PHASES:
         if phase not in moments or phase not in twins:
             continue
         whole = work.setup.layerwise
         left = +twins[phase]
+        if phase in STEPS and not whole:
+            left.update(beside)
         rows: Counter[str] = Counter()
         alive = [trace.allocations[i] for i in trace.alive(moments[phase].at)]
         # what the estimate surely has not comes last, so that it is what is left over

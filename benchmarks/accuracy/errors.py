@@ -93,11 +93,14 @@ def bar(value: float) -> str:
     return f"{value * 100:g} %"
 
 
+OPENS, ENDS, CLOSES = "<details><summary>", "</summary>", "</details>"
+
+
 def details(title: str, *paragraphs: str) -> Iterator[str]:
     """What a reader can open."""
-    yield f"<details><summary>{title}</summary>"
+    yield f"{OPENS}{title}{ENDS}"
     yield from paragraphs
-    yield "</details>"
+    yield CLOSES
 
 
 SPREAD = {"pairs": True, "exact": True, "median, signed": True, "median": True, "95 %": True, "worst": True}
@@ -122,20 +125,41 @@ def where(worst: Pair, *, what: bool = True) -> str:
 
 
 def by_predictor(pairs: Iterable[Pair], key: Callable[[Pair], str], title: str) -> str:
-    """One row for each value of a key: of every predictor the worst error of a run's peak, the worst of everything, and
+    """One row for each value of a key and predictor: the worst error of a run's peak, the worst of everything, and
     where that is."""
-    pairs = list(pairs)
-    names = list(dict.fromkeys(pair.predictor for pair in pairs))
     rows = []
     for value, group in sorted(grouped(pairs, key).items()):
-        cells = [value, str(len({pair.case for pair in group}))]
-        for name in names:
-            own = [pair for pair in group if pair.predictor == name]
+        for name, own in sorted(grouped(group, lambda pair: pair.predictor).items()):
             peaks = [pair for pair in own if pair.what == PEAK]
-            cells.append(percent(spread(peaks).worst.error) if peaks else "-")
-            cells += [percent(spread(own).worst.error), where(spread(own).worst)] if own else ["-", ""]
-        rows.append(cells)
-    columns = {title: False, "cases": True}
-    for name in names:
-        columns |= {f"{name}: peak, worst": True, f"{name}: any, worst": True, f"where ({name})": False}
+            worst = spread(own).worst
+            cases = str(len({pair.case for pair in own}))
+            highest = percent(spread(peaks).worst.error) if peaks else "-"
+            rows.append((value, f"`{name}`", cases, highest, percent(worst.error), where(worst)))
+    columns = {title: False, "predictor": False, "cases": True, "peak, worst": True, "any, worst": True, "where": False}
     return table(columns, rows)
+
+
+def apart(paragraphs: Iterable[str], other: str) -> tuple[list[str], list[str]]:
+    """A document without what a reader can open, each replaced by a link to the `other` document; and that one's
+    sections. What is opened is under the heading of its section."""
+    kept: list[str] = []
+    moved: list[str] = []
+    heading, into = "", kept
+    for paragraph in paragraphs:
+        if paragraph.startswith("## "):
+            heading = paragraph.removeprefix("## ")
+        if paragraph.startswith(OPENS):
+            title = paragraph.removeprefix(OPENS).removesuffix(ENDS)
+            kept.append(f"{title}: [{other}]({other}#{anchor(heading)}).")
+            into = moved
+            moved += [f"## {heading}", title + "."]
+        elif paragraph == CLOSES:
+            into = kept
+        else:
+            into.append(paragraph)
+    return kept, moved
+
+
+def anchor(heading: str) -> str:
+    """What a heading is called in links."""
+    return "".join(c for c in heading.lower().replace(" ", "-") if c.isalnum() or c == "-")

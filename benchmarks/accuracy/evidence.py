@@ -11,6 +11,8 @@ from typing import Any
 
 from record import Line
 
+from galore_mem.units import GIB
+
 PREDICTORS = ("estimate", "estimate --reserved", "simulate")
 WAYS = {
     "attention": "sdpa",
@@ -21,10 +23,12 @@ WAYS = {
     "use_cache": False,
 }  # what decides which operations run, and with what a case has that does not say
 DIGITS = 6
+SIZES = (*(GIB << n for n in range(6, -1, -1)), 0)  # bytes
 
 
-def write(path: Path, lines: Iterable[Line], verified: Path) -> None:
-    """`verified` is a record of `galore-mem verify`, which has the packages that the suite does without."""
+def write(path: Path, lines: Iterable[Line], verified: Path, compared: Iterable[Line]) -> None:
+    """`verified` is a record of `galore-mem verify`, which has the packages that the suite does without; `compared`
+    are `estimate`'s runs beside `simulate`'s."""
     found = [*(line["found"] for line in lines), *trained(verified)]
     text = json.dumps(
         {
@@ -32,8 +36,8 @@ def write(path: Path, lines: Iterable[Line], verified: Path) -> None:
             "errors": {name: errors(found, name) for name in PREDICTORS},
             "usual": {name: high(abs(error) for one, error in off(found, name) if "gpu" in one) for name in PREDICTORS},
             "usual_reserved": {name: high(reserved_off(found, name)) for name in PREDICTORS[1:]},
-            "ways": seen(found),
             "reserved": reserved(found),
+            "slack": {"estimate": slack([line["found"] for line in compared])},
         },
         indent=1,
     )
@@ -59,26 +63,27 @@ def of(found: Mapping[str, Any], way: str) -> Any:
     return found.get(way) or found.get("options", {}).get(way) or WAYS[way]
 
 
-def seen(found: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """How models were trained where they were measured, in the package's words."""
-    from galore_mem.evidence import CPU, GPU, ways
+def ways(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a model was trained, in the package's words."""
+    from galore_mem.evidence import ways
     from galore_mem.setup import Setup, recipe
 
-    places: dict[str, set[str]] = {GPU: set(), CPU: set()}
-    for one in found:
-        name = one.get("recipe") or one.get("options", {}).get("recipe") or "fp32"
-        setup = Setup(recipe(name), seq_len=1, **{way: of(one, way) for way in WAYS})
-        places[GPU if "gpu" in one else CPU].update(ways(setup))
-    return {place: sorted(of_place) for place, of_place in places.items()}
+    name = found.get("recipe") or found.get("options", {}).get("recipe") or "fp32"
+    return ways(Setup(recipe(name), seq_len=1, **{way: of(found, way) for way in WAYS}))
 
 
 def errors(found: Iterable[Mapping[str, Any]], predictor: str) -> list[list[Any]]:
     """Rows of `galore_mem.evidence.Compared`."""
     groups: dict[tuple[str, ...], list[float]] = {}
+    how: dict[tuple[str, ...], set[str]] = {}
     for one, error in off(found, predictor):
         key = one.get("gpu", "cpu"), one["family"], one["method"], one["implementation"]
         groups.setdefault(key, []).append(error)
-    return [[*key, len(of), round(min(of), DIGITS), round(max(of), DIGITS)] for key, of in sorted(groups.items())]
+        how.setdefault(key, set()).update(ways(one))
+    return [
+        [*key, len(of), round(min(of), DIGITS), round(max(of), DIGITS), sorted(how[key])]
+        for key, of in sorted(groups.items())
+    ]
 
 
 def high(sizes: Iterable[float]) -> float:
@@ -98,11 +103,9 @@ def reserved_off(found: Iterable[Mapping[str, Any]], predictor: str) -> Iterator
 
 
 def off(found: Iterable[Mapping[str, Any]], predictor: str) -> Iterator[tuple[Mapping[str, Any], float]]:
-    """Each run whose peak was measured and predicted, with the signed error; none to which something was added by
-    hand."""
+    """Each run whose peak was measured and predicted, with the signed error."""
     for one in found:
-        by_hand = predictor in one.get("by_hand", ())
-        if one.get(predictor) and not by_hand and (one["measured"].get("peak") or one["measured"].get("phases")):
+        if one.get(predictor) and (one["measured"].get("peak") or one["measured"].get("phases")):
             yield one, peak(one[predictor]) / peak(one["measured"]) - 1
 
 
@@ -120,3 +123,23 @@ def reserved(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {
         kind: [len(of), *(round(n, 4) for n in (min(of), median(of), max(of)))] for kind, of in sorted(groups.items())
     }
+
+
+def slack(found: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """From a peak of so many bytes on, what 95 of 100 runs have at most in blocks that tensors do not fill, as a share
+    of it; the largest first. (Larger ones have no more than smaller ones.)"""
+    shares: list[tuple[int, float]] = []
+    for one in found:
+        own, blocks = (max(of) for of in zip(*sizes(one), strict=True))
+        shares.append((own, blocks / own - 1))
+    rows: list[tuple[int, float]] = []
+    for least in SIZES:
+        of_size = [share for own, share in shares if own >= least and all(own < n or n <= least for n in SIZES)]
+        rows.append((least, max([high(of_size), *(share for _, share in rows)])))
+    return rows
+
+
+def sizes(one: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Bytes of a phase's tensors, as `simulate` has them, and with what they leave in their blocks."""
+    for name, (_, own) in one["phases"].items():
+        yield own, own + one["slack"].get(name, 0)

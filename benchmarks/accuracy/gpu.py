@@ -8,16 +8,18 @@ from functools import partial
 from typing import Any
 
 import gpu_loops
-from gpu_loops import FIRST, FORWARD, WARMED, Subject
+from gpu_loops import FIRST, FORWARD, Subject
 from gpu_rows import CARDS, PHASES, Row, every
 
-from galore_mem.allocator.events import Alloc, EmptyCache, Event, Free, Mark
+from galore_mem.allocator.events import Event, Mark
 from galore_mem.errors import InputError
 from galore_mem.estimator import budget
 from galore_mem.gpus import DEFAULT_CONTEXT, GPUS
 from galore_mem.memory.phases import Work
 from galore_mem.memory.tensor import OPTIMIZER_STATE, WEIGHTS
 from galore_mem.simulate import loads
+from galore_mem.simulate.device import card, requests
+from galore_mem.simulate.result import FIRST as FIRST_STEP
 from galore_mem.simulate.trace import Trace
 
 __all__ = ["cases", "run"]
@@ -32,16 +34,15 @@ def cases() -> Iterator[Row]:
 
 def run(row: Row) -> Found:
     """What was measured, estimated and simulated, in bytes; a predictor that cannot say it says why (`not`)."""
-    card = GPUS.get(CARDS.get(row.told["gpu"], ""), DEFAULT_CONTEXT)
+    device = GPUS.get(CARDS.get(row.told["gpu"], ""), DEFAULT_CONTEXT)
     found: Found = {
         "title": row.title, "source": row.told["source"], "gpu": CARDS.get(row.told["gpu"], row.told["gpu"]),
         "family": row.spec.family if row.spec else (row.config or {}).get("model_type"),
         "method": row.told["method"] if row.trains else row.told["mode"],
         "implementation": row.implementation if row.trains else "no optimizer",
-        "recipe": row.recipe, "attention": row.setup.attention, "outside": card.context,
+        "recipe": row.recipe, "attention": row.setup.attention, "outside": device.context,
         "options": {"gradient_checkpointing": row.setup.gradient_checkpointing, "use_cache": row.loop.use_cache},
         "measured": measured(row), "not": {},
-        "by_hand": ["estimate", "estimate --reserved"] if row.loop.use_cache and not row.headless else [],
     }  # fmt: skip
     for name, predictor in PREDICTORS.items():
         try:
@@ -89,8 +90,6 @@ def estimated(row: Row, *, reserved: bool = False) -> Found:
     made = budget(row.case, reserved=reserved)
     phases = {phase.name: phase.allocated_bytes for phase in made.phases}
     phases["forward"] = max(phases["forward"], phases.pop("loss"))
-    beside = keys_and_values(row) if row.loop.use_cache else 0
-    phases |= {name: phases[name] + beside for name in PHASES}
     stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
     found: Found = {
         "peak": max(phases[name] for name in PHASES),
@@ -99,18 +98,6 @@ def estimated(row: Row, *, reserved: bool = False) -> Found:
         "loaded": phases["load"],
     }
     return found | ({"reserved": made.peak_reserved_bytes} if reserved else {})
-
-
-def keys_and_values(row: Row) -> int:
-    """Bytes of the cache that a decoder's output holds, which `estimate` has no option for: keys and values of each
-    layer, in the format in which products are made."""
-    model, setup = row.case.model, row.setup
-    heads = model.heads
-    if heads is None or not str((model.config.get("architectures") or [""])[0]).endswith(("CausalLM", "LMHeadModel")):
-        return 0
-    width = (setup.recipe.autocast or setup.recipe.weights).bits // 8
-    tokens = setup.batch_size * setup.seq_len
-    return 2 * model.num_layers * tokens * heads.num_key_value_heads * heads.head_dim * width
 
 
 # -- simulate ------------------------------------------------------------------------------------------------
@@ -129,18 +116,22 @@ def simulated(row: Row) -> Found:
     (made,) = simulate(
         case.model,
         [case.method.name],
-        setup=replace(case.setup, use_cache=row.loop.use_cache),
+        setup=case.setup,
         implementation=case.code.name,
         targets=case.targets,
+        keep_run=True,
         **given,
     ).estimates
+    assert made.run is not None
+    assert made.run.replayed is not None
     phases = {phase.name: phase.allocated_bytes for phase in made.phases}
+    loaded = next(phase for phase in made.run.replayed.phases if phase.name == FIRST_STEP)
     stays = made.weights_bytes, made.gradients_bytes, made.optimizer_state_bytes
     return {
         "peak": max(phases[name] for name in PHASES),
         "phases": {name: phases[name] for name in PHASES},
         "residents": dict(zip(("weights", "gradients", "optimizer_state"), stays, strict=True)),
-        "loaded": phases["load"],
+        "loaded": loaded.start_allocated_bytes,
         "reserved": made.peak_reserved_bytes,
     }
 
@@ -149,7 +140,6 @@ def as_they_ran(row: Row) -> Found:
     """The trace of the source's own loop, replayed from its own way to load the model."""
     from galore_mem.allocator.expandable import new_allocator
     from galore_mem.allocator.replay import replay
-    from galore_mem.simulate.device import card
 
     trace = traced(row)
     result = replay(events(row, trace), allocator=new_allocator(None, card()))
@@ -182,7 +172,7 @@ def residents(trace: Trace) -> dict[str, int]:
 def traced(row: Row) -> Trace:
     from galore_mem.simulate.session import trace
     from galore_mem.simulate.subjects.models import work_of
-    from galore_mem.verify.builders import Unsupported, builder
+    from galore_mem.verify.builders import CannotRun, builder
     from galore_mem.verify.case import TRAIN
 
     if row.headless:
@@ -192,7 +182,7 @@ def traced(row: Row) -> Trace:
     code = builder(case.method.name, case.code.name)
     try:
         code.check(TRAIN, work)
-    except Unsupported as error:
+    except CannotRun as error:
         raise InputError(str(error)) from None
 
     def program(meter: Any) -> None:
@@ -269,24 +259,18 @@ def _own_loss(outputs: Any) -> Any:
 
 
 def events(row: Row, trace: Trace) -> Iterator[Event]:
-    """The run as the allocator sees it: the load, then the trace from the first step on, with the loop's emptied
-    caches."""
+    """The run as the allocator sees it: the load, then the trace from the first step on, with the caches that the loop
+    empties."""
     begin = trace.marks[0].at
     kept = loads.stays(trace, begin)
     yield Mark(gpu_loops.LOADED)
     if row.told["method"] == "qlora":
         yield from loads.quantized(kept, row.setup.recipe.weights.bits // 8, row.told["versions"].get("peft", "0"))
     else:
-        yield from (loads.warmed if row.loop.load == WARMED else loads.to_device)(kept)
-    marks = iter(trace.marks)
-    upcoming = next(marks, None)
-    for at, event in enumerate(trace.events[begin:], begin):
-        while upcoming is not None and upcoming.at == at:
-            if row.loop.empties_cache and upcoming.phase == FORWARD:
-                yield EmptyCache()
-            yield Mark(upcoming.phase)
-            upcoming = next(marks, None)
-        yield Alloc(event, trace.allocations[event].nbytes) if event >= 0 else Free(~event)
+        yield from loads.WAYS[row.setup.load](kept)
+    marks = [mark._replace(at=mark.at - begin) for mark in trace.marks]
+    emptied = [mark.at for mark in marks if mark.phase == FORWARD] if row.loop.empties_cache else []
+    yield from requests(replace(trace, events=trace.events[begin:], marks=marks, emptied=emptied))
 
 
 PREDICTORS: dict[str, Callable[[Row], Found]] = {

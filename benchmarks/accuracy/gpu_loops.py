@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from galore_mem.collector import paused
+from galore_mem.setup import LOADS
+
 LOADED, FIRST, FORWARD, BACKWARD, STEP, END = "loaded", "first", "forward", "backward", "step", "end"
 STEPS = 3  # that are looked at, after the first
-TO_DEVICE, WARMED = "model.to(device)", "from_pretrained with a device map"
+TO_DEVICE, DEVICE_MAP = LOADS
 
 
 class Loop(NamedTuple):
@@ -22,8 +25,7 @@ class Loop(NamedTuple):
     measured. `load`: how a model that is not quantized comes to the card. `pins_kernel`: sdpa runs the
     memory-efficient or the flash kernel whatever torch would choose. `encoders_without_head`: BERT and its like are
     AutoModel, and the loss is the mean square of the last hidden state. `use_cache`: the model's default is left, and a
-    decoder returns keys and values. `autocast` and `attention` are of rows that do
-    not say."""
+    decoder returns keys and values. `autocast` and `attention` are of rows that do not say."""
 
     outputs: str
     keep_gradients: bool = False
@@ -39,7 +41,7 @@ class Loop(NamedTuple):
 # by how a row's source begins
 LOOPS = {
     # deletes outputs and loss before the step, zeroes gradients after it; labels are the inputs
-    "vramcalc": Loop("backward", keep_gradients=True, empties_cache=True, load=WARMED, pins_kernel=True),
+    "vramcalc": Loop("backward", keep_gradients=True, empties_cache=True, load=DEVICE_MAP, pins_kernel=True),
     # one function for the whole step: its variables live to its end
     "fitcheck-llm": Loop("step", pins_kernel=True),
     # torch says of a T4 that it supports bfloat16 (torch.cuda.is_bf16_supported counts emulation)
@@ -74,9 +76,7 @@ def run(loop: Loop, subject: Subject, enter: Callable[[str], None]) -> None:
     """The first step, and those that are looked at; `enter` hears where phases begin. Nothing is left to the
     collector."""
     gc.collect()
-    was = gc.isenabled()
-    gc.disable()
-    try:
+    with paused():
         enter(FIRST)
         ids = subject.ids()
         _step(loop, subject, ids, lambda phase: None)
@@ -84,9 +84,6 @@ def run(loop: Loop, subject: Subject, enter: Callable[[str], None]) -> None:
             enter(FORWARD)
             _step(loop, subject, ids, enter)
         enter(END)
-    finally:
-        if was:
-            gc.enable()
 
 
 def _step(loop: Loop, subject: Subject, ids: Any, enter: Callable[[str], None]) -> None:

@@ -118,6 +118,8 @@ class Row:
             gradient_checkpointing=bool(t["gradient_checkpointing"]),
             keep_gradients=loop.keep_gradients,
             keep_logits=loop.outputs,
+            use_cache=loop.use_cache,
+            load=loop.load,
             transformers="4.57" if str(t["versions"].get("transformers", "5")).startswith("4") else "5.23",
             torch="2.14" if loop.pins_kernel else "2.13",
             compute_capability=CAPABILITY.get(t["gpu"]),

@@ -56,8 +56,16 @@ def part_of(module: Any) -> Part:
 
 def read(path: Path) -> dict[Task, Line]:
     """The last line of each task. (A line that was cut off as it was written is none.)"""
+    found: dict[Task, Line] = {}
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return {(one["part"], one["key"]): one for one in map(json.loads, lines)}
+    for number, line in enumerate(lines, 1):
+        try:
+            one = json.loads(line)
+            found[one["part"], one["key"]] = one
+            one["found"].get("failed")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise SystemExit(f"{path}, line {number}: this is not a line of a record") from None
+    return found
 
 
 def good(line: Line | None) -> bool:
@@ -151,13 +159,15 @@ def results(part: Part, tasks: Sequence[Task], jobs: int) -> Iterator[dict[str, 
 
 
 def run(parts: Mapping[str, Part], path: Path, jobs: int, again: Sequence[str] | None = None) -> None:
-    """Runs what the record does not have, and `again` what has all of these words in its name, line by line into the
-    record. Ends the program where it is interrupted; what was running then is run again the next time."""
+    """Runs what the record does not have from these releases, and `again` what has all of these words in its name, line
+    by line into the record. Ends the program where it is interrupted; what was running then is run again next time."""
     known = read(path)
+    stack = tuple(installed())
 
     def wanted(task: Task) -> bool:
         anew = again is not None and set(again) <= set(task[1].split())
-        return anew or not good(known.get(task))
+        line = known.get(task)
+        return anew or line is None or not good(line) or any(line.get(name) != release for name, release in stack)
 
     missing = {name: [task for key in part.tasks if wanted(task := (name, key))] for name, part in parts.items()}
     if any(missing.values()):

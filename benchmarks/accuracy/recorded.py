@@ -29,7 +29,7 @@ def run(case: Recorded) -> dict[str, Any]:
     """Bytes of the recorded window: the most allocated, and the most reserved."""
     runs = _runs()
     ((which, right),) = ((run, right) for run, right in runs.RUNS.items() if run.name == case.key)
-    said = runs.peaks(runs.replayed(runs.traced(which), which.addresses()))
+    said = runs.peaks_of(runs.simulated(which))
     return {
         "family": OWN, "method": OWN, "implementation": OWN, "gpu": GPU, "options": {"attention": OWN},
         "recipe": "amp-bf16" if which.autocast else "fp32",

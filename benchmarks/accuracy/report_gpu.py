@@ -63,8 +63,6 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
             "constant for the card: of these two from these runs, of others from out-of-memory messages of users."
         ),
         outside(lines),
-        "### Not expressible",
-        silent(lines),
     )
     yield from details(f"Every run: {len(trained)}", legend(), every(trained))
 
@@ -79,11 +77,12 @@ def intro(lines: Sequence[Line]) -> Iterator[str]:
     )
     yield text(
         f"`estimate` and `simulate` are the commands, told what a source's loop keeps (`--keep-logits`, "
-        f"`--keep-gradients`, `--transformers`, `--torch`). *{AS_THEY_RAN.capitalize()}* is no command: the same "
-        f"tracer and allocator on each source's own loop (`benchmarks/accuracy/gpu_loops.py`, as data), from its own "
-        f"way to load the model, with the cache emptied where it empties it; two runs of inference and encoders "
-        f"without a head, too. `estimate` alone counts tensors in blocks of 512 bytes; with `--reserved` it follows "
-        f"the allocator. Where a release is not described, the nearest of the same major version stands for it."
+        f"`--keep-gradients`, `--use-cache`, `--load`, `--transformers`, `--torch`). *{AS_THEY_RAN.capitalize()}* is "
+        f"no command: the same tracer and allocator on each source's own loop (`benchmarks/accuracy/gpu_loops.py`, as "
+        f"data), from its own way to load the model, with the cache emptied where it empties it; two runs of inference "
+        f"and encoders without a head, too. `estimate` alone counts tensors in blocks of 512 bytes; with `--reserved` "
+        f"it follows the allocator. Where a release is not described, the nearest of the same major version stands for "
+        f"it."
     )
     yield taken()
 
@@ -153,8 +152,7 @@ def taken() -> str:
         "model that is not quantized (in bytes after the load, `model.to(device)` is exact on the T4, and "
         "`from_pretrained` with a device map on the A6000); that inputs and labels are one tensor; that "
         "torch-preflight's runs were in bfloat16, which torch says a T4 supports; and that they left the decoder's "
-        "`use_cache` as it is (`simulate --use-cache`). `estimate` has no option for the last: the bytes of keys and "
-        "values are added to it."
+        "`use_cache` as it is."
     )
 
 
@@ -169,15 +167,6 @@ def outside(lines: Sequence[Line]) -> str:
         columns,
         ((card, str(len(of)), f"{min(of):,}", f"{max(of):,}", f"{ours:,}") for (card, ours), of in found.items()),
     )
-
-
-def silent(lines: Sequence[Line]) -> str:
-    why: dict[tuple[str, str], list[str]] = {}
-    for line in lines:
-        for predictor, reason in line["found"]["not"].items():
-            why.setdefault((predictor, reason), []).append(line["key"])
-    columns = {"predictor": False, "why": False, "runs": False}
-    return table(columns, ((f"`{name}`", reason, ", ".join(keys)) for (name, reason), keys in why.items()))
 
 
 def legend() -> str:

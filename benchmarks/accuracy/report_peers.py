@@ -67,7 +67,7 @@ def intro(said: Sequence[Line]) -> str:
         f"The {len(rows)} training runs of the section before, as others' estimators answer them: {versions}, each in "
         f"an environment of its own, offline, asked by `python benchmarks/peers` on {dates[-1]} with the exact number "
         f"of parameters and the settings that serve it best. Below each peer `galore-mem`, on exactly the rows that "
-        f"the peer answered. Compared is the allocated peak; which of its figures is taken is said below. Peers were "
+        f"the peer answered. The allocated peak is compared; which figure is used is said below. Peers were "
         f"fitted to some of these rows by their authors: there they show how well a fit fits. `galore-mem` has no "
         f"factor that is fitted to them, but its operations were checked against them."
     )
@@ -151,7 +151,7 @@ def how(said: Sequence[Line]) -> str:
 def asked(own: Sequence[Line]) -> str:
     said = [line["found"] for line in own if "allocated_bytes" in line["found"]]
     reasons = counted(why for found in said for why in found["differs"])
-    return f"Asked for something near: {reasons}." if reasons else "Every answered row could be asked exactly."
+    return f"Asked the nearest question: {reasons}." if reasons else "Every answered row could be asked exactly."
 
 
 def missing(own: Sequence[Line]) -> str:
