@@ -17,8 +17,9 @@ from simulate_runs import measured
 from galore_mem.report.schema import schema
 from galore_mem.setup import Setup
 from galore_mem.simulate import simulate
-from galore_mem.simulate.programs import Marker, run_program, run_step, takes_marker, told_by_calls
+from galore_mem.simulate.programs import Marker, run_program, takes_marker, told_by_calls
 from galore_mem.simulate.result import FIRST
+from galore_mem.simulate.steps import run_step
 from galore_mem.verify.case import WARM
 from galore_mem.verify.meters import CpuMeter
 from galore_mem.verify.workloads import Measured

@@ -12,8 +12,8 @@ from simulate_runs import NUMBER, events, measured_run, traced_run
 from galore_mem.memory.tensor import ACTIVATIONS, GRADIENTS, OPTIMIZER_STATE, TEMPORARIES, WEIGHTS
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.layers import trace_layers
-from galore_mem.simulate.programs import trace_step
 from galore_mem.simulate.session import META, TraceMeter, trace
+from galore_mem.simulate.steps import trace_step
 from galore_mem.simulate.trace import Allocation, Mark, Trace
 from galore_mem.verify.builders import builder
 from galore_mem.verify.case import TRAIN, Case

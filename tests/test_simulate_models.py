@@ -17,8 +17,8 @@ from galore_mem.errors import InputError
 from galore_mem.memory.tensor import OPTIMIZER_STATE, WEIGHTS
 from galore_mem.setup import Setup, recipe
 from galore_mem.simulate.layers import trace_layers
-from galore_mem.simulate.programs import run_step, trace_step
 from galore_mem.simulate.session import META, Traced, trace_work
+from galore_mem.simulate.steps import run_step, trace_step
 from galore_mem.simulate.subjects.models import spec_of, stack_of, with_layers
 from galore_mem.simulate.subjects.subject import subject
 from galore_mem.simulate.tracing import branches

@@ -47,9 +47,10 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     yield by_origin(answered, ours)
     yield text(
         "Some count the whole device: what they say in all, beside what was reserved plus what lies outside the "
-        "allocator, on rows for which both were measured:"
+        "allocator, on rows for which both were measured. (The context that `galore-mem` adds was measured on these "
+        "cards, in these runs.)"
     )
-    yield whole(answered)
+    yield whole(answered, lines)
     yield "### How each was asked"
     yield how(said)
     yield from details("What each said of every row", every(answered, ours))
@@ -89,16 +90,21 @@ def compared(
     return table(COLUMNS, rows)
 
 
-def whole(answered: Iterable[Line]) -> str:
-    """Of peers that count fragmentation, which vramcalc leaves out."""
+def whole(answered: Iterable[Line], lines: Iterable[Line]) -> str:
+    """Of peers that count fragmentation, which vramcalc leaves out; and ours on all such runs."""
     both = [line for line in answered if line["found"]["device_bytes"] and line["part"] != "vramcalc"]
-    return table(
-        COLUMNS,
-        (
-            (f"**{name}**", *cells([pair_of(line, True) for line in both if line["part"] == name]))
-            for name in dict.fromkeys(line["part"] for line in both)
-        ),
-    )
+    pairs = {
+        f"**{name}**": [pair_of(line, True) for line in both if line["part"] == name]
+        for name in dict.fromkeys(line["part"] for line in both)
+    }
+    known = {line["key"] for line in both}
+    for line in lines:
+        found, right = line["found"], line["found"]["measured"]
+        for name in OURS[1:]:
+            if line["key"] in known and (found.get(name) or {}).get("reserved"):
+                measured, said = right["reserved"] + right["outside"], found[name]["reserved"] + found["outside"]
+                pairs.setdefault(f"`{name}`", []).append(Pair(name, found["title"], "", "", PEAK, measured, said))
+    return table(COLUMNS, ((name, *cells(group)) for name, group in pairs.items()))
 
 
 def by_origin(answered: Sequence[Line], ours: Mapping[tuple[str, str], Pair]) -> str:
@@ -137,7 +143,7 @@ def how(said: Sequence[Line]) -> str:
     """A list: the figure taken, what it was fitted to, what it could not be asked or did not answer."""
     return "\n".join(
         fill(
-            f"- **{name}**. Taken is {peer.figure}. {peer.calibrated} {asked(own)} {missing(own)}",
+            f"- **{name}**. We take {peer.figure}. {peer.calibrated} {asked(own)} {missing(own)}",
             118,
             subsequent_indent="  ",
             break_on_hyphens=False,
