@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "accuracy"))
 
 import families  # noqa: E402  # torch, which is imported below, reads the environment
-import simulate_large  # noqa: E402
-from record import Part, good, part_of, read, run, tidy  # noqa: E402
-from simulate_report import document  # noqa: E402
+import simulate_large  # noqa: E402  # the folder is on the path from here on
+from record import Part, good, part_of, read, run, tidy  # noqa: E402  # the folder is on the path from here on
+from simulate_report import document  # noqa: E402  # the folder is on the path from here on
 
 PARTS = {
     "large": Part({str(one): one for one in simulate_large.LARGE}, lambda one: simulate_large.simulated(*one), True),

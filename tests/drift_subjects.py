@@ -141,7 +141,7 @@ def galore(kind: Any, params: list[nn.Parameter]) -> Any:
 def of_transformers(params: list[nn.Parameter]) -> Any:
     from transformers.optimization import Adafactor
 
-    return Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False)  # type: ignore[no-untyped-call]
+    return Adafactor(params, lr=1e-3, relative_step=False, scale_parameter=False)  # type: ignore[no-untyped-call]  # transformers has no types there
 
 
 OPTIMIZERS: dict[str, tuple[Factory, int]] = {  # and how many steps differ from each other

@@ -253,7 +253,7 @@ class Projector:
     def buffers(self) -> dict[str, Any]:
         if self.p is not None and self.q is not None:
             return {"projector_left": self.p, "projector_right": self.q.T, "next_refresh": self.next}
-        only = self.p if self.p is not None else self.q.T  # type: ignore[union-attr]
+        only = self.p if self.p is not None else self.q.T  # type: ignore[union-attr]  # one of both is there
         return {"projector": only, "next_refresh": self.next}
 
     def take(self, state: Mapping[str, Any]) -> None:

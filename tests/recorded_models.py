@@ -263,7 +263,7 @@ class FirstAdam(torch.optim.Optimizer):
 def last_rows(t: Tensor) -> Tensor:
     """`t[:, -1, :]` as torch 2.6 has it, for which a slice of everything is an operation. (2.13 leaves it out.)"""
     all_of = 2**63 - 1
-    return aten.slice.Tensor(aten.slice.Tensor(t, 0, 0, all_of).select(1, -1), 1, 0, all_of)  # type: ignore[no-any-return]
+    return aten.slice.Tensor(aten.slice.Tensor(t, 0, 0, all_of).select(1, -1), 1, 0, all_of)  # type: ignore[no-any-return]  # an operation, which returns a tensor
 
 
 # -- the second -------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def gradients(number: int, fmt: str = "float32") -> dict[str, torch.Tensor]:
 
 def push(named: Named, grads: Gradients) -> None:
     """A backward pass that adds exactly these gradients: d/dp of sum(p·g) is g."""
-    sum((p * grads[name]).sum() for name, p in named if name in grads).backward()  # type: ignore[union-attr]
+    sum((p * grads[name]).sum() for name, p in named if name in grads).backward()  # type: ignore[union-attr]  # a sum of tensors
 
 
 def build(ours: Ours, named: Named, layerwise: LayerWise | None = None, **options: Any) -> ParameterWise:

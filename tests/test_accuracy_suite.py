@@ -132,8 +132,8 @@ def test_another_release_is_run_again(suite: Any, tmp_path: Path, monkeypatch: p
 
 def test_two_cases_of_one_name_are_refused(suite: Any) -> None:
     module = ModuleType("m")
-    module.cases = lambda: [SimpleNamespace(key="a")] * 2  # type: ignore[attr-defined]
-    module.run = answer  # type: ignore[attr-defined]
+    module.cases = lambda: [SimpleNamespace(key="a")] * 2  # type: ignore[attr-defined]  # a module by hand
+    module.run = answer  # type: ignore[attr-defined]  # a module by hand
     with pytest.raises(AssertionError, match="one name"):
         suite.record.part_of(module)
 

@@ -37,7 +37,7 @@ def _setup(name: str, capacity: int, **options: object) -> Setup:
     fields = {ours[key]: value for key, value in options.items() if key in ours}
     if "divisions" in options:
         fields["roundup_power2_divisions"] = (options["divisions"],) * 16
-    return Setup(f"{name}-{capacity // MIB}", AllocatorSettings(**fields), Rules(capacity=capacity, **options))  # type: ignore[arg-type]
+    return Setup(f"{name}-{capacity // MIB}", AllocatorSettings(**fields), Rules(capacity=capacity, **options))  # type: ignore[arg-type]  # fields drawn by name
 
 
 # far too much memory, about enough, and too little: 40 live blocks of SIZES are about 400 MiB

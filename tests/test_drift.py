@@ -249,11 +249,11 @@ def test_parts_of_a_trace() -> None:
     f32 = {"shape": (2,), "dtype": "float32"}
     made = [
         Allocation(16, aten("embedding"), "model.embed", "forward", shape=(4,), dtype="float32"),
-        Allocation(8, aten("mm"), "model.layers.0.mlp", "forward", **f32),  # type: ignore[arg-type]
-        Allocation(8, "aten.mul.Tensor", "model.layers.0", "forward", ACTIVATIONS, **f32),  # type: ignore[arg-type]
+        Allocation(8, aten("mm"), "model.layers.0.mlp", "forward", **f32),  # type: ignore[arg-type]  # the same options of each
+        Allocation(8, "aten.mul.Tensor", "model.layers.0", "forward", ACTIVATIONS, **f32),  # type: ignore[arg-type]  # the same options of each
         Allocation(99, aten("mm"), "model.layers.0.mlp", "forward", kernel=True),
         Allocation(40, aten("mm"), "model.layers.0.mlp", "forward", ACTIVATIONS, shape=(2, 2), dtype="bfloat16"),
-        Allocation(8, aten("mm"), "model.layers.1.mlp", "forward", ACTIVATIONS, **f32),  # type: ignore[arg-type]
+        Allocation(8, aten("mm"), "model.layers.1.mlp", "forward", ACTIVATIONS, **f32),  # type: ignore[arg-type]  # the same options of each
     ]
     events = [0, 1, 2, ~1, 3, 4, ~3, ~0, 5, ~5]
     trace = Trace(512, made, events, [Mark(0, "forward"), Mark(9, "backward")])

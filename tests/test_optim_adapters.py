@@ -187,7 +187,7 @@ def test_a_resumed_run_is_the_same(stop: int) -> None:
             restarts = ReLoRA(model, optimizer, 3, seed=5)
             held = {"model": model, "optimizer": optimizer, "schedule": schedule, "relora": restarts}
             for name, state in parts:
-                held[name].load_state_dict(state)  # type: ignore[attr-defined]
+                held[name].load_state_dict(state)  # type: ignore[attr-defined]  # all of them have state
             for _ in range(restarts.steps, stops if not parts else 6):
                 train(model, optimizer, 1)
                 schedule.step()
@@ -195,7 +195,7 @@ def test_a_resumed_run_is_the_same(stop: int) -> None:
             if restarts.steps == 6:
                 break
             file = io.BytesIO()
-            torch.save({name: part.state_dict() for name, part in held.items()}, file)  # type: ignore[attr-defined]
+            torch.save({name: part.state_dict() for name, part in held.items()}, file)  # type: ignore[attr-defined]  # all of them have state
             file.seek(0)
             parts = list(torch.load(file, weights_only=True).items())
             torch.manual_seed(99)
@@ -294,4 +294,4 @@ def test_jagged_cosine() -> None:
         ({"restart_warmup_steps": 9}, "restart_warmup_steps"), ({"update_proj_gap": 0}, "update_proj_gap"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=said):
-            jagged_cosine(**{"total_steps": 20, "update_proj_gap": 8, "warmup_steps": 4, **bad})  # type: ignore[arg-type]
+            jagged_cosine(**{"total_steps": 20, "update_proj_gap": 8, "warmup_steps": 4, **bad})  # type: ignore[arg-type]  # all of them have state

@@ -230,7 +230,7 @@ def test_layerwise_is_a_layerwise(layerwise: Any) -> None:
 def test_numbers_of_numpy_become_pythons(tmp_path: Path) -> None:
     """A learning rate out of `np.logspace` is usual, and `weights_only=True` refuses it in a file."""
     numbers = {"lr": np.float64(0.01), "eps": np.float32(0.5), "rank": np.int64(2), "betas": [np.float64(0.5), 0.25]}
-    optimizer = GaLoreAdamW([("a", MATRIX)], **numbers)  # type: ignore[arg-type]
+    optimizer = GaLoreAdamW([("a", MATRIX)], **numbers)  # type: ignore[arg-type]  # wrong on purpose
     group = optimizer.param_groups[0]
     assert [type(group[name]) for name in ("lr", "eps", "rank")] == [float, float, int]
     assert group["betas"] == (0.5, 0.25)

@@ -205,10 +205,10 @@ def test_options_out_of_range(made: type[ParameterWise], options: dict[str, Any]
 )
 def test_shapes_that_cannot_be_projected(made: type[ParameterWise], shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"^up\.weight has the shape .*put it into a group without rank"):
-        made([{"params": [("up.weight", torch.nn.Parameter(torch.zeros(shape)))], "rank": 2}])  # type: ignore[call-arg]
+        made([{"params": [("up.weight", torch.nn.Parameter(torch.zeros(shape)))], "rank": 2}])  # type: ignore[call-arg]  # options by name
 
 
 def test_options_of_flora_alone() -> None:
     for options, said in (({"kappa": 0}, "kappa"), ({"seed": -1}, "seed"), ({"beta1": None}, "beta1")):
         with pytest.raises(InputError, match=f"{said} must be a"):
-            Flora([("w", torch.nn.Parameter(torch.zeros(4, 4)))], **options)  # type: ignore[arg-type]
+            Flora([("w", torch.nn.Parameter(torch.zeros(4, 4)))], **options)  # type: ignore[arg-type]  # options by name

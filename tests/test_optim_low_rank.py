@@ -74,7 +74,7 @@ def test_ranks_and_targets_of_factorize() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
     for rank in (0, -1, True, 2.0):
         with pytest.raises(InputError, match="rank must be a whole number of at least 1"):
-            factorize(model, rank)  # type: ignore[arg-type]
+            factorize(model, rank)  # type: ignore[arg-type]  # ranks that are wrong on purpose
     with pytest.raises(InputError, match="target 'x_proj' names no linear layer"):
         factorize(model, 2, ["x_proj"])
     assert isinstance(model["q_proj"], nn.Linear)

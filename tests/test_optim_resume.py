@@ -198,7 +198,7 @@ def test_a_copy_partitions_later_groups_too() -> None:
     named = parameters()
     first = {"params": [(n, p) for n, p in named if n == "up_proj.weight"], "rank": RANK}
     later = {"params": [(n, p) for n, p in named if n == "q_proj.weight"], "rank": RANK}
-    partition = build(row("galore-mini"), parameters())._partitions  # type: ignore[attr-defined]
+    partition = build(row("galore-mini"), parameters())._partitions  # type: ignore[attr-defined]  # of a GaLoreMini
     fresh = copy.deepcopy(GaLoreMini([first], partition=partition))
     fresh.add_param_group(later)
     assert fresh.param_groups[1]["partition"] == [(((2, 8),), 1, 0)]

@@ -140,7 +140,7 @@ def test_the_approach_is_checked_in_a_group_too(approach: object) -> None:
 def test_what_for_trainer_takes() -> None:
     model = model_of("llama")
     with pytest.raises(InputError, match=r"takes a class of galore_mem\.optim"):
-        for_trainer(model, torch.optim.AdamW, rank=8)  # type: ignore[type-var]
+        for_trainer(model, torch.optim.AdamW, rank=8)  # type: ignore[type-var]  # wrong on purpose
     with pytest.raises(InputError, match="AdamMini has no rank"):
         for_trainer(model, AdamMini, rank=8)
     with pytest.raises(InputError, match=r"must be a torch\.nn\.Module"):
@@ -157,7 +157,7 @@ def test_a_partition_for_other_names() -> None:
     with pytest.raises(InputError, match=r"has no such name, but '_orig_mod.q_proj.weight'"):
         AdamMini([("q_proj.weight", p)], partition={"_orig_mod.q_proj.weight": by_row((8, 8))})
     with pytest.raises(InputError, match="must map names"):
-        AdamMini([("q_proj.weight", p)], partition=[1])  # type: ignore[arg-type]
+        AdamMini([("q_proj.weight", p)], partition=[1])  # type: ignore[arg-type]  # wrong on purpose
 
 
 # -- ReLoRA --------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def group(name: str, p: torch.nn.Parameter, rank: int | None = None, **options: 
 
 
 def refreshes(literal: Literal) -> int:
-    projector = literal.projector  # type: ignore[attr-defined]
+    projector = literal.projector  # type: ignore[attr-defined]  # the literal of one that projects
     assert isinstance(projector, Projector)
     return projector.refreshes
 
@@ -168,7 +168,7 @@ def test_the_gap_grows_where_projectors_are_alike(made: type, proj_type: str, th
         made, (7, 9), update_proj_gap=2, cos_threshold=threshold, queue_size=2, proj_type=proj_type
     )
     follow(optimizer, {p: literal}, steps=40)
-    state, projector = optimizer.state[p], literal.projector  # type: ignore[attr-defined]
+    state, projector = optimizer.state[p], literal.projector  # type: ignore[attr-defined]  # the literal of one that projects
     assert state["similarities"] == pytest.approx(projector.similarities, rel=1e-6)
     assert (state.get("gap", 2), state["next_refresh"]) == (projector.gap, projector.next)
     if threshold == 0.99:
@@ -235,7 +235,7 @@ def everything(settings: dict[str, Any]) -> list[tuple[torch.optim.Optimizer, di
 def test_schedulers(which: int) -> None:
     """Weight decay is multiplied by the learning rate of its step."""
     optimizer, literals = everything(SETTINGS)[which]
-    rate = lambda t: 1.0 / (1 + t) + (t % 3)  # noqa: E731
+    rate = lambda t: 1.0 / (1 + t) + (t % 3)  # noqa: E731  # a schedule in a line
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     follow(optimizer, literals, lr=lambda t: 0.02 * rate(t), scheduler=scheduler)
 

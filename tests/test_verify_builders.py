@@ -179,7 +179,7 @@ def test_what_an_optimizer_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert outcome.measured is not None
     assert outcome.measured.optimizer_state_bytes - outcome.predicted.optimizer_state_bytes == 4 * 13_000 + 8
     unknown = {b.buffer: b.measured_bytes for b in outcome.buffers if b.predicted_bytes is None}
-    assert sorted(unknown.values(), key=int) == [8, 4_000, 8_000, 12_000, 12_000, 16_000]  # type: ignore[arg-type]
+    assert sorted(unknown.values(), key=int) == [8, 4_000, 8_000, 12_000, 12_000, 16_000]  # type: ignore[arg-type]  # texts of numbers
 
 
 # -- optimizers alone --------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent.parent / "peers"
 sys.path.append(str(FOLDER))
 
-import report_gpu  # noqa: E402
-from errors import Pair, details, percent, size_of, spread, table, text  # noqa: E402
-from peers import PEERS  # noqa: E402
-from record import Line, good, read  # noqa: E402
+import report_gpu  # noqa: E402  # the folder is on the path from here on
+from errors import Pair, details, percent, size_of, spread, table, text  # noqa: E402  # the folder is on the path from here on
+from peers import PEERS  # noqa: E402  # the folder is on the path from here on
+from record import Line, good, read  # noqa: E402  # the folder is on the path from here on
 
 OURS = ("estimate", "estimate --reserved", "simulate")
 PEAK = "peak"

@@ -25,9 +25,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent / "accuracy"))  # for its rows and its record
 
-from peers import METHODS, PEERS, Ask, Peer  # noqa: E402
-from record import append, good, read, tidy  # noqa: E402
-from rows import Run, runs, write_cache  # noqa: E402
+from peers import METHODS, PEERS, Ask, Peer  # noqa: E402  # the folder is on the path from here on
+from record import append, good, read, tidy  # noqa: E402  # the folder is on the path from here on
+from rows import Run, runs, write_cache  # noqa: E402  # the folder is on the path from here on
 
 
 def python_of(peer: Peer, folder: Path) -> Path:

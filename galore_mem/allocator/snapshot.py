@@ -169,7 +169,7 @@ def _no_private_pool(pool: object, source: str) -> None:
 def _sequence(value: Any, what: str, source: str) -> list[Any] | tuple[Any, ...]:
     if type(value) not in (list, tuple):
         raise InputError(f"{source}: {what} must be a list, got {shown(value)}")
-    return value  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]  # a list or a tuple, as checked
 
 
 # --- the two formats ---------------------------------------------------------

@@ -100,7 +100,7 @@ class Fresh:
                 late = True
                 self._group.kill()
                 out, err = process.communicate()
-            except BaseException:
+            except BaseException:  # Ctrl-C too: no process is left
                 self._group.kill()
                 raise
         return Ended(process.returncode, out, err, late)

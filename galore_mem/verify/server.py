@@ -55,7 +55,7 @@ def case(request: dict[str, Any]) -> NoReturn:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException as error:
+    except BaseException as error:  # whatever a case ends with is its answer
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         with suppress(Exception):

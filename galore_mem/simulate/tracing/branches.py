@@ -90,22 +90,21 @@ def dropout(keys: Any, t: Tensor, p: float, train: bool) -> Tensor:
     return result
 
 
-def softmax(keys: Any, t: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """native/SoftMax.cpp: on CUDA one kernel from float16 to float32."""
-    if setup().device == "cuda" and t.dtype is torch.float16 and dtype is torch.float32:
-        fused: Tensor = aten._softmax.default(t, dim, True)
-        return fused
-    result: Tensor = aten.softmax.int.redispatch(below(keys), t, dim, dtype)
-    return result
+def in_one(fused: Any, usual: Any) -> Any:
+    """native/SoftMax.cpp: on CUDA one kernel from float16 to float32, of `softmax` and of `log_softmax`."""
+
+    def run(keys: Any, t: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        if setup().device == "cuda" and t.dtype is torch.float16 and dtype is torch.float32:
+            widened: Tensor = fused(t, dim, True)
+            return widened
+        result: Tensor = usual.redispatch(below(keys), t, dim, dtype)
+        return result
+
+    return run
 
 
-def log_softmax(keys: Any, t: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """native/SoftMax.cpp: as softmax."""
-    if setup().device == "cuda" and t.dtype is torch.float16 and dtype is torch.float32:
-        fused: Tensor = aten._log_softmax.default(t, dim, True)
-        return fused
-    result: Tensor = aten.log_softmax.int.redispatch(below(keys), t, dim, dtype)
-    return result
+softmax = in_one(aten._softmax.default, aten.softmax.int)
+log_softmax = in_one(aten._log_softmax.default, aten.log_softmax.int)
 
 
 def attention(
