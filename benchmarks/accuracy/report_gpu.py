@@ -16,6 +16,7 @@ BARS = {
     AS_THEY_RAN: (0.002, 0.01),
 }  # fmt: skip
 PEAK, RESERVED = "peak", "reserved"
+BOTH = ("estimate --reserved", "simulate")
 NAMED = {"loaded": "allocated after the load", "after the first step": "what the first step leaves"}
 
 
@@ -48,6 +49,7 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     yield "## Runs that others measured on GPUs"
     yield from intro(lines)
     yield bars(everything)
+    yield alike(everything)
     for predictor in PREDICTORS:
         yield f"### `{predictor}` beside others' runs"
         yield by_what(pair for pair in everything if pair.predictor == predictor)
@@ -105,6 +107,17 @@ def bars(everything: Sequence[Pair]) -> str:
         "worst case": False,
     }  # fmt: skip
     return table(columns, rows)
+
+
+def alike(everything: Sequence[Pair]) -> str:
+    """`estimate --reserved` beside `simulate`, on runs that both were asked about."""
+    said = []
+    for what, called in ((PEAK, "allocated"), (RESERVED, "reserved")):
+        both = [{p.case: p.predicted for p in everything if (p.predictor, p.what) == (name, what)} for name in BOTH]
+        apart = [abs(both[0][case] - both[1][case]) for case in both[0] if case in both[1]]
+        if apart:
+            said.append(f"the {called} peak in {apart.count(0)} of {len(apart)}, apart by at most {max(apart):,} bytes")
+    return text(f"`{BOTH[0]}` and `{BOTH[1]}` say the same byte: {'; '.join(said)}.") if said else ""
 
 
 def _peaks(everything: Sequence[Pair]) -> list[Pair]:
