@@ -109,6 +109,7 @@ def within(e: Estimate) -> str:
 
 
 def saving(e: Estimate, baseline: Estimate | None) -> str:
+    """How much less than AdamW's the peak is, or more."""
     if baseline is None or e is baseline:
         return ""
     change = e.peak_allocated_bytes / baseline.peak_allocated_bytes - 1

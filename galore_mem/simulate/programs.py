@@ -131,6 +131,8 @@ class Own:
     compiled: bool = False
 
     def run(self, meter: TraceMeter) -> Measured | None:
+        """Runs it, and returns what `verify` would have found (None: of a whole program). Raises `Unnamed` for one that
+        names no device and misses what it made."""
         assert meter.places is not None
         meter.enter(LOAD)
         try:

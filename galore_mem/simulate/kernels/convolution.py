@@ -48,6 +48,7 @@ def columns(source: Tensor, weight: Tensor, out: Tensor, stride: Any, padding: A
 
 
 def forward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Program | None:
+    """Of aten.convolution: the input's columns (bytes), once or for each group, whose results are put together."""
     source, weight, _, stride, padding, dilation, transposed, _, groups = args
     if not plain(stride, padding, dilation, transposed):
         return None
@@ -67,6 +68,7 @@ def forward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> Pr
 
 
 def backward(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Program | None:
+    """Of aten.convolution_backward: the same for the gradients of input and weight."""
     grad, source, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
     if not plain(stride, padding, dilation, transposed):
         return None
